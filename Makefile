@@ -1,0 +1,47 @@
+# make demo                     set up, train a world model from pixels, steer an agent with it: runs/demo/
+# make test | lint | bench      what contributors run; test-interpret and test-one-thread repeat the tests the hard way
+# make wheel-check              the wheel and the sdist, each built, listed and installed in a clean environment
+#
+# VENV=path                     environment to use or make: the activated one, else .venv
+# PYTHON=python3.12             Python that makes a new environment
+# TORCH_INDEX=url               where torch comes from if the environment has none
+
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+PYTHON ?= python3
+BIN := $(abspath $(VENV))/bin
+export VENV PYTHON TORCH_INDEX
+
+.PHONY: demo test test-interpret test-one-thread lint bench wheel-check setup clean
+.NOTPARALLEL:
+
+demo: setup
+	@start=$$(date +%s); $(BIN)/lewm demo --out runs/demo && echo "demo took $$(($$(date +%s) - start)) s"
+
+test: setup
+	cargo test --locked -p lewm-core
+	$(BIN)/python -m pytest tests
+
+test-interpret: export TRITON_INTERPRET = 1
+test-one-thread: export OMP_NUM_THREADS = 1
+test-interpret test-one-thread: test
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	$(BIN)/mypy
+	$(BIN)/stubtest lewm._core --mypy-config-file pyproject.toml
+
+bench: setup
+	$(BIN)/python -m pytest benches
+
+wheel-check: setup
+	$(BIN)/python -m pytest -v tests/test_packaging.py
+
+setup:
+	@sh scripts/setup.sh
+
+# The environment and runs/ stay: they cost minutes.
+clean:
+	rm -rf target dist build python/lewm/_core.abi3.* .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,0 +1,286 @@
+"""The package as an artefact: what wheel and sdist hold, what a clean environment does with them, and the set-up."""
+
+import importlib.util
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted(path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py"))
+CARGO_VERSION = re.search(r'^version = "(.+)"', (ROOT / "Cargo.toml").read_text(), re.M)[1]
+
+
+def run(*command, check=True, **kwargs):
+    """Runs a command without this process's PYTHONPATH; a failure shows everything it printed."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | kwargs.pop("env", {})
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env, **kwargs)
+    assert not check or done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def make_environment(folder):
+    """Makes a virtual environment with nothing but pip in it and returns its Python."""
+    venv.create(folder, with_pip=True)
+    return folder / "bin" / "python"
+
+
+def test_kernels_is_a_real_folder_and_a_link_to_it():
+    link = ROOT / "python/lewm/kernels"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "kernels"
+    # With an __init__.py the folder would hide another project's `kernels` from anything run in the checkout.
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert "sigreg.py" in KERNELS
+
+
+def test_one_version():
+    from lewm import _core
+
+    assert version("lewm-fast") == _core.__version__ == CARGO_VERSION
+
+
+def test_import_takes_neither_torch_nor_triton_and_little_time(tmp_path):
+    loaded = run(sys.executable, "-c", "import sys, lewm; print({'torch', 'triton'} & set(sys.modules))", cwd=tmp_path)
+    assert loaded.stdout.strip() == "set()"
+
+    seconds = []
+    for _ in range(5):
+        log = run(sys.executable, "-X", "importtime", "-c", "import lewm", cwd=tmp_path).stderr
+        seconds.append(
+            int(re.search(r"\| +(\d+) \| lewm$", log, re.M)[1]) / 1e6
+        )  # the column "cumulative", microseconds
+    assert statistics.median(seconds) < 0.3, seconds
+
+
+# Artefacts: built once, from the checkout and from the unpacked sdist.
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(
+        sys.executable,
+        "-m",
+        "maturin",
+        "build",
+        "--release",
+        "--interpreter",
+        sys.executable,
+        "--out",
+        folder,
+        cwd=ROOT,
+    )
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory):
+    """The unpacked sdist. It builds in its own target folder: cargo judges by time, and an sdist's times are fixed."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "maturin", "sdist", "--out", folder, cwd=ROOT)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    return next(folder.glob("lewm_fast-*/"))
+
+
+@pytest.fixture(scope="session")
+def clean_environment(tmp_path_factory, wheel):
+    """The Python of an environment that holds the wheel and what `pip install lewm-fast` brings, and no torch."""
+    python = make_environment(tmp_path_factory.mktemp("clean") / "env")
+    run(python, "-m", "pip", "install", "-q", wheel)
+    return python
+
+
+@pytest.mark.slow
+def test_wheel_listing(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert re.fullmatch(rf"lewm_fast-{re.escape(CARGO_VERSION)}-cp310-abi3-\w+\.whl", wheel.name)
+    modules = {path.relative_to(ROOT / "python").as_posix() for path in (ROOT / "python").rglob("*.py")}
+    kernels = {f"lewm/kernels/{name}" for name in KERNELS}
+    native = {name for name in names if name.startswith("lewm/_core.abi3.")}
+    assert len(native) == 1
+    package = {name for name in names if ".dist-info/" not in name and ".libs/" not in name}
+    assert package == modules | kernels | native | {"lewm/py.typed", "lewm/_core.pyi"}
+
+
+@pytest.mark.slow
+def test_sdist_listing(sdist):
+    names = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if not path.is_dir()}
+    wanted = {f"python/lewm/kernels/{name}" for name in KERNELS}
+    wanted |= {"Cargo.toml", "Cargo.lock", "pyproject.toml", "README.md", "LICENSE", "rust/py/build.rs"}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "rust").rglob("*.rs")}
+    assert wanted <= names
+    assert not any((sdist / "python/lewm/kernels" / name).is_symlink() for name in KERNELS)
+    assert not {name for name in names if name.endswith((".so", ".pyc"))}
+
+
+CLEAN_IMPORT = """
+import importlib.util, sys
+assert importlib.util.find_spec("torch") is None
+import lewm
+import gymnasium
+assert "lewm/TwoRoom-v0" in gymnasium.registry
+print(lewm.__file__)
+"""
+KERNEL_IMPORT = """
+import importlib, sys
+sys.path.append(sys.argv[1])  # last, so that only what is missing here comes from there
+for name in sys.argv[2:]:
+    print(importlib.import_module(name).__file__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("artefact", ["wheel", "sdist"])
+def test_clean_install(artefact, request, clean_environment, tmp_path):
+    source = request.getfixturevalue(artefact)
+    run(clean_environment, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", source)
+    home = clean_environment.parent.parent
+
+    where = run(clean_environment, "-c", CLEAN_IMPORT, cwd=tmp_path).stdout.strip()
+    assert Path(where).is_relative_to(home)
+    usage = run(home / "bin/lewm", "--help", cwd=tmp_path, env={"COLUMNS": "120", "NO_COLOR": "1"}).stdout
+    assert "demo" in usage
+    assert "train" in usage
+
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton on this system: the kernels cannot be imported")
+    torch_home = Path(importlib.util.find_spec("torch").origin).parent.parent
+    modules = ["lewm.kernels." + name.removesuffix(".py").replace("/", ".") for name in KERNELS]
+    files = run(clean_environment, "-c", KERNEL_IMPORT, torch_home, *modules, cwd=tmp_path).stdout.split()
+    assert len(files) == len(KERNELS)
+    assert all(Path(file).is_relative_to(home) for file in files)
+
+
+@pytest.mark.slow
+def test_a_lost_link_stops_the_build(sdist, tmp_path):
+    """A checkout without symbolic links has a text file in the link's place."""
+    broken = tmp_path / "checkout"
+    shutil.copytree(sdist, broken, ignore=shutil.ignore_patterns("target"))
+    shutil.rmtree(broken / "python/lewm/kernels")
+    (broken / "python/lewm/kernels").write_text("../../kernels")
+    # check instead of build: the guard runs all the same, and the dependencies are not compiled to machine code.
+    done = run("cargo", "check", "--locked", "-p", "lewm-py", cwd=broken, check=False)
+    assert done.returncode != 0
+    assert "this checkout lost its symbolic links" in done.stderr
+
+
+# The set-up: what it says before it downloads anything, and that it leaves torch alone.
+
+
+@pytest.fixture
+def bare_machine(tmp_path):
+    """Runs scripts/setup.sh where only the given commands exist; returns what it wrote to stderr, by line."""
+
+    def setup(python=f'exec {sys.executable} "$@"', **commands):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name in ("sh", "dirname", "sed", "cut", "sort", "head"):
+            (folder / name).symlink_to(shutil.which(name))
+        for name, body in {"python3": python, "uname": "echo Linux", **commands}.items():
+            (folder / name.replace("_", "-")).write_text(f"#!/bin/sh\n{body}\n")
+            (folder / name.replace("_", "-")).chmod(0o755)
+        env = {"PATH": str(folder), "VENV": str(tmp_path / "env"), "PYTHON": "python3"}
+        done = run("sh", ROOT / "scripts/setup.sh", env=env, check=False)
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert not (tmp_path / "env").exists()
+        return done.stderr.splitlines()
+
+    return setup
+
+
+CARGO, CC = 'echo "cargo 1.95.0 (f2d3ce0bd 2026-03-21)"', "exit 0"
+
+
+@pytest.mark.parametrize(
+    ("commands", "parts"),
+    [
+        pytest.param({"cc": CC, "apt_get": ""}, ("Rust 1.85", "no cargo", "rustup.rs"), id="no-cargo"),
+        pytest.param({"cc": CC, "cargo": 'echo "cargo 1.63.0"'}, ("Rust 1.85", "1.63.0 found"), id="old-cargo"),
+        pytest.param({"cc": CC, "cargo": "exit 1", "rustup": ""}, ("no cargo", "rustup default"), id="no-toolchain"),
+        pytest.param({"cargo": CARGO, "apt_get": ""}, ("C compiler", "apt install build-essential"), id="no-cc-debian"),
+        pytest.param({"cargo": CARGO, "uname": "echo Darwin"}, ("C compiler", "xcode-select"), id="no-cc-macos"),
+        pytest.param({"cargo": CARGO}, ("C compiler", "gcc or clang"), id="no-cc-elsewhere"),
+        pytest.param({"cargo": CARGO, "cc": CC, "python": "exit 1"}, ("Python 3.10",), id="old-python"),
+    ],
+)
+def test_setup_says_what_is_missing(bare_machine, commands, parts):
+    lines = bare_machine(**commands)
+    assert len(lines) == 1
+    assert lines[0].startswith("missing: ")
+    assert all(part in lines[0] for part in parts), lines[0]
+
+
+def test_setup_says_everything_that_is_missing_at_once(bare_machine):
+    lines = bare_machine(python="exit 127")
+    assert [line.split(".")[0].split(" ")[1] for line in lines] == ["Python", "Rust", "a"]
+
+
+def add_wheel(index, name, release, requires=""):
+    """Puts an empty wheel into a folder that pip reads as a package index."""
+    folder = index / re.sub(r"[-_.]+", "-", name).lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name.replace('-', '_')}-{release}"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n"
+    files = {
+        "METADATA": metadata + (f"Requires-Dist: {requires}\n" if requires else ""),
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "".join(f"{stem}.dist-info/{part},,\n" for part in ("METADATA", "WHEEL", "RECORD")),
+    }
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+        for part, text in files.items():
+            archive.writestr(f"{stem}.dist-info/{part}", text)
+    links = [f'<a href="{path.name.replace("+", "%2B")}">{path.name}</a>' for path in folder.glob("*.whl")]
+    (folder / "index.html").write_text("\n".join(links))
+
+
+@pytest.mark.slow
+def test_setup_never_replaces_torch(tmp_path):
+    """Against a made-up package index: torch comes from TORCH_INDEX, then stays, whatever asks for another."""
+    listing = run(
+        sys.executable, "-c", "import install; print(*install.requirements(), sep='\\n')", cwd=ROOT / "scripts"
+    )
+    for requirement in map(Requirement, listing.stdout.splitlines()):
+        lowest = next(part.version for part in requirement.specifier if part.operator == ">=")
+        add_wheel(tmp_path / "pypi", requirement.name, "99.0" if requirement.name == "torch" else lowest)
+    add_wheel(tmp_path / "cpu", "torch", "9.0+cpu")
+    python = make_environment(tmp_path / "env")
+
+    def packages(torch_index=""):
+        env = {"PIP_INDEX_URL": (tmp_path / "pypi").as_uri(), "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
+        env["TORCH_INDEX"] = torch_index
+        return run(python, "-c", "import install; install.packages()", cwd=ROOT / "scripts", check=False, env=env)
+
+    def torch():
+        return run(python, "-c", "from importlib.metadata import version as v; print(v('torch'))").stdout.strip()
+
+    first = packages((tmp_path / "cpu").as_uri())
+    assert first.returncode == 0, first.stderr
+    assert torch() == "9.0+cpu"
+
+    add_wheel(tmp_path / "cpu", "torch", "10.0+cpu")
+    again = packages((tmp_path / "cpu").as_uri())
+    assert again.returncode == 0, again.stderr
+    assert "keeping torch==9.0+cpu" in again.stdout
+    assert torch() == "9.0+cpu"
+
+    run(python, "-m", "pip", "uninstall", "-q", "-y", "tensorboard")
+    shutil.rmtree(tmp_path / "pypi/tensorboard")
+    add_wheel(tmp_path / "pypi", "tensorboard", "3.0", requires="torch>=99")
+    greedy = packages()
+    assert greedy.returncode != 0
+    assert "torch==9.0+cpu" in greedy.stdout + greedy.stderr
+    assert torch() == "9.0+cpu"
