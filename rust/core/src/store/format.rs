@@ -1,0 +1,350 @@
+//! What the bytes mean: schema and catalogue, index records, frame coding. No file is opened here but the catalogue.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::Error;
+
+/// Most pixels on a side of a frame.
+pub const MAX_SIDE: usize = 4096;
+/// Most numbers per step in the actions or in a column, and most columns.
+pub const MAX_WIDTH: usize = 4096;
+/// Most frames in one episode.
+pub const MAX_FRAMES: usize = 1 << 24;
+/// Frames that share a key frame. A window of 4 at stride 5 spans 16 frames, so it meets at most two key frames. Bytes per
+/// 64x64 frame of `TwoRoom`, where a dot moves away from where the key frame has it: 937 at 8, 983 at 16, 1186 at 32.
+pub(super) const CHUNK: usize = 16;
+/// Bytes of an index record.
+pub(super) const RECORD: usize = 64;
+/// Bytes of a table entry.
+pub(super) const ENTRY: usize = 8;
+
+const CATALOGUE: &str = "catalogue.json";
+const FORMAT: &str = "lewm-store";
+const VERSION: u32 = 1;
+const MAGIC: [u8; 8] = *b"lewm-ep1";
+const CODEC_XOR_LZ4: u16 = 1;
+const MAX_METADATA: usize = 1 << 20;
+
+/// Tells apart the temporary files of this process.
+static UNIQUE: AtomicU32 = AtomicU32::new(0);
+
+/// What every episode of a store has in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Schema {
+    /// Pixels from top to bottom.
+    pub height: usize,
+    /// Pixels from left to right.
+    pub width: usize,
+    /// Numbers per raw action.
+    pub action_dim: usize,
+    /// Numbers per step of each extra column.
+    pub columns: BTreeMap<String, usize>,
+}
+
+impl Schema {
+    /// Bytes of one decoded frame, `height * width * 3`.
+    #[must_use]
+    pub fn frame_bytes(&self) -> usize {
+        self.height * self.width * 3
+    }
+
+    /// Checks every number against its limit.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the field.
+    pub fn check(&self) -> Result<(), Error> {
+        let within = |name: &str, value: usize, most: usize| {
+            if (1..=most).contains(&value) {
+                return Ok(());
+            }
+            Err(Error::Argument(format!("{name} is {value}; wants 1 to {most}")))
+        };
+        within("height", self.height, MAX_SIDE)?;
+        within("width", self.width, MAX_SIDE)?;
+        within("action_dim", self.action_dim, MAX_WIDTH)?;
+        if self.columns.len() > MAX_WIDTH {
+            return Err(Error::Argument(format!(
+                "columns has {} entries; wants at most {MAX_WIDTH}",
+                self.columns.len()
+            )));
+        }
+        for (name, &width) in &self.columns {
+            if name.is_empty() || name.len() > 255 {
+                return Err(Error::Argument(format!("columns: the name {name:?} wants 1 to 255 bytes")));
+            }
+            within(&format!("columns[{name:?}]"), width, MAX_WIDTH)?;
+        }
+        Ok(())
+    }
+
+    /// Checks that `self`, wanted by a writer, is what the store at `folder` has.
+    pub(super) fn same_as(&self, stored: &Self, folder: &Path) -> Result<(), Error> {
+        let numbers = [
+            ("height", self.height, stored.height),
+            ("width", self.width, stored.width),
+            ("action_dim", self.action_dim, stored.action_dim),
+        ];
+        for (name, wanted, has) in numbers {
+            if wanted != has {
+                return Err(Error::Argument(format!("{name} is {wanted}, but {} has {has}", folder.display())));
+            }
+        }
+        if self.columns != stored.columns {
+            return Err(Error::Argument(format!(
+                "columns is {:?}, but {} has {:?}",
+                self.columns,
+                folder.display(),
+                stored.columns
+            )));
+        }
+        Ok(())
+    }
+
+    /// Numbers an index record by the schema that it was written under.
+    pub(super) fn crc(&self) -> u32 {
+        let mut crc = crc32fast::Hasher::new();
+        for number in [self.height, self.width, self.action_dim] {
+            crc.update(&(number as u64).to_le_bytes());
+        }
+        for (name, &width) in &self.columns {
+            crc.update(&(name.len() as u64).to_le_bytes());
+            crc.update(name.as_bytes());
+            crc.update(&(width as u64).to_le_bytes());
+        }
+        crc.finalize()
+    }
+
+    /// Blobs of an episode: its frames, its actions, its columns.
+    pub(super) fn blobs(&self, frames: usize) -> usize {
+        frames + 1 + self.columns.len()
+    }
+}
+
+/// Schema and metadata of a store.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Catalogue {
+    format: String,
+    version: u32,
+    crc32: u32,
+    pub schema: Schema,
+    pub metadata: Box<RawValue>,
+}
+
+/// The version is read by itself first: a later one may have other fields.
+#[derive(Deserialize)]
+struct Head {
+    format: String,
+    version: u32,
+}
+
+impl Catalogue {
+    pub fn new(schema: Schema, metadata: &str) -> Result<Self, Error> {
+        schema.check()?;
+        let metadata = RawValue::from_string(metadata.to_owned())
+            .map_err(|error| Error::Argument(format!("metadata is not JSON: {error}")))?;
+        if !metadata.get().starts_with('{') || metadata.get().len() > MAX_METADATA {
+            return Err(Error::Argument(format!("metadata wants a JSON object of at most {MAX_METADATA} bytes")));
+        }
+        let mut catalogue = Self { format: FORMAT.into(), version: VERSION, crc32: 0, schema, metadata };
+        catalogue.crc32 = catalogue.crc();
+        Ok(catalogue)
+    }
+
+    fn crc(&self) -> u32 {
+        let mut crc = crc32fast::Hasher::new_with_initial(self.schema.crc());
+        crc.update(self.metadata.get().as_bytes());
+        crc.finalize()
+    }
+
+    /// Reads a folder's catalogue; `None` where there is none.
+    pub fn read(folder: &Path) -> Result<Option<Self>, Error> {
+        let path = folder.join(CATALOGUE);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
+            Err(error) => return Err(Error::Io(path, error)),
+        };
+        let damaged = |why: String| Error::Corrupt(format!("{}: {why}", path.display()));
+        let head: Head =
+            serde_json::from_slice(&bytes).map_err(|error| damaged(format!("damaged catalogue: {error}")))?;
+        if head.format != FORMAT || head.version != VERSION {
+            let (format, version) = (head.format, head.version);
+            return Err(damaged(format!(
+                "format {format:?} version {version}; this reads {FORMAT:?} version {VERSION}"
+            )));
+        }
+        let catalogue: Self =
+            serde_json::from_slice(&bytes).map_err(|error| damaged(format!("damaged catalogue: {error}")))?;
+        catalogue.schema.check().map_err(|error| damaged(format!("damaged catalogue: {error}")))?;
+        if catalogue.crc() != catalogue.crc32 {
+            return Err(damaged("damaged catalogue: its checksum does not fit".into()));
+        }
+        Ok(Some(catalogue))
+    }
+
+    /// Writes the catalogue unless there is one, whole or not at all. The caller reads back which one it is.
+    pub fn create(&self, folder: &Path) -> Result<(), Error> {
+        let path = folder.join(CATALOGUE);
+        let unique = UNIQUE.fetch_add(1, Ordering::Relaxed);
+        let temporary = folder.join(format!("{CATALOGUE}.{}.{unique}", std::process::id()));
+        let failed = |error| Error::Io(temporary.clone(), error);
+        let text = serde_json::to_string_pretty(self).map_err(|error| failed(error.into()))?;
+        let mut file = fs::File::create(&temporary).map_err(failed)?;
+        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
+        // A link, unlike a rename, fails where another writer was first. Some file systems have no links.
+        match fs::hard_link(&temporary, &path) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => fs::rename(&temporary, &path),
+            _ => fs::remove_file(&temporary),
+        }
+        .map_err(failed)?;
+        sync_folder(folder)?;
+        // The folder itself may be new. Not every parent may be opened, and the store is whole without.
+        if let Some(parent) = folder.parent() {
+            let _ = sync_folder(parent);
+        }
+        Ok(())
+    }
+
+    /// Whether a file of this name is a catalogue, or one that a writer was making.
+    pub fn owns(name: &str) -> bool {
+        name.starts_with(CATALOGUE)
+    }
+}
+
+/// Makes new file names in `folder` last.
+pub(super) fn sync_folder(folder: &Path) -> Result<(), Error> {
+    if cfg!(unix) {
+        fs::File::open(folder).and_then(|file| file.sync_all()).map_err(|error| Error::Io(folder.to_owned(), error))?;
+    }
+    Ok(())
+}
+
+/// The two files of shard `number`: data and index.
+pub(super) fn shard_paths(folder: &Path, number: u32) -> (PathBuf, PathBuf) {
+    (folder.join(format!("shard-{number:06}.data")), folder.join(format!("shard-{number:06}.index")))
+}
+
+/// The numbers of all shards in `folder`, ascending. One that has only one of its files counts too.
+pub(super) fn shard_numbers(folder: &Path) -> Result<Vec<u32>, Error> {
+    let failed = |error| Error::Io(folder.to_owned(), error);
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let stem = name.to_str().and_then(|name| name.strip_suffix(".data").or_else(|| name.strip_suffix(".index")));
+        let digits = stem.and_then(|stem| stem.strip_prefix("shard-"));
+        // Only the spelling that `shard_paths` makes: "shard-1.data" would be looked for under another name.
+        numbers.extend(digits.and_then(|d| d.parse().ok().filter(|number: &u32| format!("{number:06}") == d)));
+    }
+    numbers.sort_unstable();
+    numbers.dedup();
+    Ok(numbers)
+}
+
+/// The commit of one episode.
+#[derive(Clone, Debug)]
+pub(super) struct Record {
+    pub schema: u32,
+    pub frames: usize,
+    pub offset: u64,
+    pub length: u64,
+    pub digest: u64,
+    pub table: u32,
+    pub chunk: usize,
+}
+
+impl Record {
+    pub fn encode(&self) -> [u8; RECORD] {
+        let mut bytes = [0; RECORD];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&self.schema.to_le_bytes());
+        bytes[12..16].copy_from_slice(&(self.frames as u32).to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.offset.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.length.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.digest.to_le_bytes());
+        bytes[40..44].copy_from_slice(&self.table.to_le_bytes());
+        bytes[44..46].copy_from_slice(&CODEC_XOR_LZ4.to_le_bytes());
+        bytes[46..48].copy_from_slice(&(self.chunk as u16).to_le_bytes());
+        let crc = crc32fast::hash(&bytes[..60]);
+        bytes[60..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// Decodes a record, or says what is wrong with it.
+    pub fn decode(bytes: &[u8], schema: &Schema) -> Result<Self, &'static str> {
+        if bytes.len() != RECORD || u32_at(bytes, 60) != crc32fast::hash(&bytes[..60]) {
+            return Err("its checksum does not fit");
+        }
+        if bytes[..8] != MAGIC || bytes[44..46] != CODEC_XOR_LZ4.to_le_bytes() {
+            return Err("a newer version wrote it");
+        }
+        let record = Self {
+            schema: u32_at(bytes, 8),
+            frames: u32_at(bytes, 12) as usize,
+            offset: u64_at(bytes, 16),
+            length: u64_at(bytes, 24),
+            digest: u64_at(bytes, 32),
+            table: u32_at(bytes, 40),
+            chunk: usize::from(u16::from_le_bytes([bytes[46], bytes[47]])),
+        };
+        if record.schema != schema.crc() {
+            return Err("it belongs to a store with another schema");
+        }
+        let table = (record.frames as u64 + 1 + schema.columns.len() as u64) * ENTRY as u64;
+        let sound = (2..=MAX_FRAMES).contains(&record.frames) && record.chunk > 0 && record.length >= table;
+        if !sound || record.offset.checked_add(record.length).is_none() {
+            return Err("its numbers contradict each other");
+        }
+        Ok(record)
+    }
+
+    /// The first byte after the episode.
+    pub fn end(&self) -> u64 {
+        self.offset + self.length
+    }
+}
+
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+/// Turns a frame into its difference from the key frame, and back.
+pub(super) fn xor(frame: &mut [u8], key: &[u8]) {
+    for (frame, key) in frame.iter_mut().zip(key) {
+        *frame ^= key;
+    }
+}
+
+/// Digest of an episode's content from the CRC-32 of each of its decoded blobs (FNV-1a, 64 bits), so that it outlives
+/// a change of codec or chunk length.
+pub(super) struct Digest(u64);
+
+impl Digest {
+    pub fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    pub fn update(&mut self, number: u64) {
+        for byte in number.to_le_bytes() {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+
+    pub fn blob(&mut self, bytes: &[u8]) {
+        self.update(u64::from(crc32fast::hash(bytes)));
+    }
+
+    pub fn finish(&self) -> u64 {
+        self.0
+    }
+}

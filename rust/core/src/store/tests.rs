@@ -1,0 +1,462 @@
+#![allow(clippy::cast_possible_wrap, clippy::cast_sign_loss)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::format::{shard_paths, xor, CHUNK, RECORD};
+use super::{Schema, Store, Writer};
+use crate::Error;
+
+struct Episode {
+    frames: Vec<u8>,
+    actions: Vec<f32>,
+    state: Vec<f64>,
+}
+
+fn schema(height: usize, width: usize) -> Schema {
+    Schema { height, width, action_dim: 2, columns: BTreeMap::from([("state".into(), 3)]) }
+}
+
+/// An episode of `count` frames: a dot that moves over a background, or noise.
+fn episode(schema: &Schema, count: usize, seed: u32, noise: bool) -> Episode {
+    let mut word = seed.wrapping_mul(2_654_435_769) | 1;
+    let mut random = move || {
+        word ^= word << 13;
+        word ^= word >> 17;
+        word ^= word << 5;
+        word
+    };
+    let size = schema.frame_bytes();
+    let mut frames = vec![255; count * size];
+    for frame in frames.chunks_exact_mut(size) {
+        if noise {
+            frame.fill_with(|| random() as u8);
+        } else {
+            frame[random() as usize % size] = 7;
+        }
+    }
+    let actions = (0..(count - 1) * 2).map(|_| random() as f32).collect();
+    let state = (0..count * 3).map(|_| f64::from(random()) / 3.0).collect();
+    Episode { frames, actions, state }
+}
+
+fn append(writer: &mut Writer, episode: &Episode) -> Result<usize, Error> {
+    writer.append(&episode.frames, &episode.actions, &[("state", &episode.state)])
+}
+
+fn write(folder: &Path, schema: &Schema, episodes: &[Episode]) {
+    let mut writer = Writer::open(folder, schema.clone(), "{}").unwrap();
+    for episode in episodes {
+        append(&mut writer, episode).unwrap();
+    }
+}
+
+fn read(store: &Store, index: usize) -> Result<Episode, Error> {
+    let items: Vec<_> = (0..store.lengths().nth(index).unwrap()).map(|frame| (index, frame)).collect();
+    let mut frames = vec![0; items.len() * store.schema().frame_bytes()];
+    store.gather(&items, &mut frames)?;
+    let index = index as i64;
+    Ok(Episode { frames, actions: store.actions(index)?, state: store.column("state", index)? })
+}
+
+fn assert_equal(got: &Episode, wanted: &Episode) {
+    assert!(got.frames == wanted.frames, "frames differ");
+    assert_eq!(got.actions, wanted.actions);
+    assert_eq!(got.state, wanted.state);
+}
+
+/// Three small episodes, their folder, and how many index records and data bytes each needs.
+fn small() -> (TempDir, Vec<Episode>, Vec<usize>) {
+    let schema = schema(4, 5);
+    let folder = TempDir::new().unwrap();
+    let episodes: Vec<_> = (0..3).map(|seed| episode(&schema, 2 + 9 * seed as usize, seed, seed == 1)).collect();
+    let mut writer = Writer::open(folder.path(), schema, "{}").unwrap();
+    let mut ends = Vec::new();
+    for episode in &episodes {
+        append(&mut writer, episode).unwrap();
+        ends.push(fs::metadata(data(folder.path())).unwrap().len() as usize);
+    }
+    (folder, episodes, ends)
+}
+
+fn data(folder: &Path) -> PathBuf {
+    shard_paths(folder, 0).0
+}
+
+fn index(folder: &Path) -> PathBuf {
+    shard_paths(folder, 0).1
+}
+
+fn corrupt(result: Result<Store, Error>) -> String {
+    match result {
+        Err(Error::Corrupt(text)) => text,
+        other => panic!("wanted Corrupt, got {other:?}"),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn what_is_written_is_read(
+        height in 1..9_usize,
+        width in 1..9_usize,
+        counts in prop::collection::vec(2..3 * CHUNK + 2, 0..5),
+        seed: u32,
+        noise: bool,
+    ) {
+        let schema = schema(height, width);
+        let folder = TempDir::new().unwrap();
+        let episodes: Vec<_> =
+            counts.iter().zip(seed..).map(|(&count, seed)| episode(&schema, count, seed, noise)).collect();
+        write(folder.path(), &schema, &episodes);
+        for skip_damaged in [false, true] {
+            let store = Store::open(folder.path(), skip_damaged).unwrap();
+            prop_assert_eq!(store.lengths().collect::<Vec<_>>(), counts.clone());
+            prop_assert!(store.skipped().is_empty());
+            for (at, wanted) in episodes.iter().enumerate() {
+                assert_equal(&read(&store, at).unwrap(), wanted);
+            }
+        }
+    }
+
+    #[test]
+    fn damaged_bytes_are_found_and_never_panic(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), 1..=255_u8), 1..4),
+        which in 0..3_usize,
+        checksums: bool,
+    ) {
+        let (folder, episodes, _) = small();
+        let path = [data(folder.path()), index(folder.path()), folder.path().join("catalogue.json")][which].clone();
+        let good = fs::read(&path).unwrap();
+        let mut bad = good.clone();
+        for (at, by) in edits {
+            let at = at.index(bad.len());
+            bad[at] ^= by;
+        }
+        if which == 1 && checksums {
+            // A forged checksum: the numbers themselves must be harmless.
+            for record in bad.chunks_exact_mut(RECORD) {
+                let crc = crc32fast::hash(&record[..60]);
+                record[60..].copy_from_slice(&crc.to_le_bytes());
+            }
+        }
+        fs::write(&path, &bad).unwrap();
+        let whole = Store::open(folder.path(), false).and_then(|store| {
+            (0..store.len()).map(|at| read(&store, at)).collect::<Result<Vec<_>, _>>()
+        });
+        match whole {
+            // Chunk length and digest have no second witness: that nothing panics is all there is to ask.
+            _ if which == 1 && checksums => {}
+            Ok(got) => {
+                // Edits that cancel, or that turn white space of the catalogue into other white space.
+                prop_assert!(bad == good || which == 2);
+                prop_assert_eq!(got.len(), episodes.len());
+                got.iter().zip(&episodes).for_each(|(got, wanted)| assert_equal(got, wanted));
+            }
+            Err(error) => prop_assert!(bad != good && matches!(error, Error::Corrupt(_)), "{error}"),
+        }
+        if let Ok(store) = Store::open(folder.path(), true) {
+            for at in 0..store.len() {
+                let got = read(&store, at).unwrap();
+                prop_assert!(episodes.iter().any(|wanted| wanted.frames == got.frames && wanted.state == got.state));
+            }
+        }
+    }
+
+    #[test]
+    fn any_bytes_as_an_index_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        let (folder, _, _) = small();
+        fs::write(index(folder.path()), &bytes).unwrap();
+        let _ = Store::open(folder.path(), false);
+        prop_assert_eq!(Store::open(folder.path(), true).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn xor_is_its_own_inverse(key: [u8; 32], frame: [u8; 32]) {
+        let mut coded = frame;
+        xor(&mut coded, &key);
+        xor(&mut coded, &key);
+        prop_assert_eq!(coded, frame);
+    }
+}
+
+#[test]
+fn index_cut_at_every_byte() {
+    let (folder, episodes, _) = small();
+    let whole = fs::read(index(folder.path())).unwrap();
+    for cut in 0..=whole.len() {
+        fs::write(index(folder.path()), &whole[..cut]).unwrap();
+        for skip_damaged in [false, true] {
+            let store = Store::open(folder.path(), skip_damaged).unwrap();
+            assert_eq!(store.len(), cut / RECORD, "cut at {cut}");
+            for (at, wanted) in episodes.iter().enumerate().take(store.len()) {
+                assert_equal(&read(&store, at).unwrap(), wanted);
+            }
+        }
+    }
+}
+
+#[test]
+fn data_cut_at_every_byte() {
+    let (folder, episodes, ends) = small();
+    let whole = fs::read(data(folder.path())).unwrap();
+    for cut in 0..whole.len() {
+        fs::write(data(folder.path()), &whole[..cut]).unwrap();
+        let text = corrupt(Store::open(folder.path(), false));
+        let sizes = format!("shard-000000.data has {cut} bytes and needs {}", whole.len());
+        assert!(text.contains(&sizes) && text.contains("skip_damaged=True"), "{text}");
+        let store = Store::open(folder.path(), true).unwrap();
+        assert_eq!(store.len(), ends.iter().filter(|&&end| end <= cut).count(), "cut at {cut}");
+        assert_eq!(store.skipped().len(), 1);
+        for (at, wanted) in episodes.iter().enumerate().take(store.len()) {
+            assert_equal(&read(&store, at).unwrap(), wanted);
+        }
+    }
+}
+
+#[test]
+fn data_cut_while_open_is_an_error_of_the_read() {
+    let (folder, episodes, ends) = small();
+    let store = Store::open(folder.path(), false).unwrap();
+    fs::OpenOptions::new().write(true).open(data(folder.path())).unwrap().set_len(ends[1] as u64).unwrap();
+    assert_equal(&read(&store, 0).unwrap(), &episodes[0]);
+    assert!(matches!(read(&store, 2), Err(Error::Corrupt(text)) if text.contains("cut short")));
+}
+
+#[test]
+fn every_flipped_byte_of_an_index_is_damage() {
+    let (folder, episodes, _) = small();
+    let good = fs::read(index(folder.path())).unwrap();
+    for at in 0..good.len() {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        fs::write(index(folder.path()), &bad).unwrap();
+        let text = corrupt(Store::open(folder.path(), false));
+        assert!(text.contains(&format!("record {} is damaged", at / RECORD)), "{text}");
+        let store = Store::open(folder.path(), true).unwrap();
+        let left: Vec<_> = (0..episodes.len()).filter(|&episode| episode != at / RECORD).collect();
+        assert_eq!(store.len(), left.len());
+        for (at, &episode) in left.iter().enumerate() {
+            assert_equal(&read(&store, at).unwrap(), &episodes[episode]);
+        }
+    }
+}
+
+#[test]
+fn every_flipped_byte_of_the_data_is_found_when_read() {
+    let (folder, episodes, ends) = small();
+    let good = fs::read(data(folder.path())).unwrap();
+    for at in 0..good.len() {
+        let mut bad = good.clone();
+        bad[at] ^= 0x80;
+        fs::write(data(folder.path()), &bad).unwrap();
+        let broken = ends.iter().position(|&end| at < end).unwrap();
+        let store = Store::open(folder.path(), false).unwrap();
+        for (episode, wanted) in episodes.iter().enumerate() {
+            match read(&store, episode) {
+                Ok(got) if episode != broken => assert_equal(&got, wanted),
+                Err(Error::Corrupt(_)) if episode == broken => {}
+                _ => panic!("byte {at}, episode {episode}"),
+            }
+        }
+        assert_eq!(Store::open(folder.path(), true).unwrap().len(), episodes.len() - 1);
+    }
+}
+
+#[test]
+fn zeros_after_the_last_record_are_no_episode() {
+    let (folder, episodes, _) = small();
+    let mut bytes = fs::read(index(folder.path())).unwrap();
+    bytes.resize(bytes.len() + 3 * RECORD - 7, 0);
+    fs::write(index(folder.path()), &bytes).unwrap();
+    assert_eq!(Store::open(folder.path(), false).unwrap().len(), episodes.len());
+}
+
+#[test]
+fn a_catalogue_cut_at_any_byte_or_missing_is_refused() {
+    let (folder, _, _) = small();
+    let path = folder.path().join("catalogue.json");
+    let whole = fs::read(&path).unwrap();
+    for cut in 0..whole.len() {
+        fs::write(&path, &whole[..cut]).unwrap();
+        assert!(corrupt(Store::open(folder.path(), true)).contains("damaged catalogue"));
+        assert!(matches!(Writer::open(folder.path(), schema(4, 5), "{}"), Err(Error::Corrupt(_))));
+    }
+    fs::remove_file(&path).unwrap();
+    assert!(corrupt(Store::open(folder.path(), true)).contains("not a .lewm store"));
+    assert!(matches!(Writer::open(folder.path(), schema(4, 5), "{}"), Err(Error::Corrupt(_))));
+    assert!(matches!(Store::open(&folder.path().join("none"), false), Err(Error::Io(..))));
+}
+
+#[test]
+fn a_newer_catalogue_says_so() {
+    let (folder, _, _) = small();
+    let path = folder.path().join("catalogue.json");
+    let text = fs::read_to_string(&path).unwrap().replace("\"version\": 1", "\"version\": 9");
+    fs::write(&path, text).unwrap();
+    assert!(corrupt(Store::open(folder.path(), false)).contains("version 9"));
+}
+
+#[test]
+fn an_index_that_is_gone_is_damage() {
+    let (folder, _, _) = small();
+    fs::remove_file(index(folder.path())).unwrap();
+    assert!(corrupt(Store::open(folder.path(), false)).contains("shard-000000.index is missing"));
+    let mut store = Store::open(folder.path(), true).unwrap();
+    store.refresh().unwrap();
+    assert_eq!(store.skipped().len(), 1);
+}
+
+#[test]
+fn a_shard_of_another_store_is_damage() {
+    let (folder, _, _) = small();
+    let other = TempDir::new().unwrap();
+    let schema = schema(5, 4);
+    write(other.path(), &schema, &[episode(&schema, 3, 9, true)]);
+    fs::copy(data(other.path()), shard_paths(folder.path(), 1).0).unwrap();
+    fs::copy(index(other.path()), shard_paths(folder.path(), 1).1).unwrap();
+    assert!(corrupt(Store::open(folder.path(), false)).contains("another schema"));
+    assert_eq!(Store::open(folder.path(), true).unwrap().len(), 3);
+}
+
+#[test]
+fn sessions_have_shards_of_their_own_and_refresh_sees_them() {
+    let schema = schema(6, 6);
+    let folder = TempDir::new().unwrap();
+    let episodes: Vec<_> = (0..6).map(|seed| episode(&schema, 4 + seed as usize, seed, true)).collect();
+    let mut first = Writer::open(folder.path(), schema.clone(), r#"{"session": 1}"#).unwrap();
+    let mut second = Writer::open(folder.path(), schema.clone(), r#"{"session": 2}"#).unwrap();
+    let mut store = Store::open(folder.path(), false).unwrap();
+    assert!(store.is_empty());
+    // Interleaved, so that the order of commits is not the order of shards.
+    for (at, wanted) in episodes.iter().enumerate() {
+        let writer = if at % 2 == 0 { &mut first } else { &mut second };
+        assert_eq!(append(writer, wanted).unwrap(), at / 2);
+        assert_eq!(store.refresh().unwrap(), 1);
+        assert_equal(&read(&store, at).unwrap(), wanted);
+    }
+    assert_eq!(store.refresh().unwrap(), 0);
+    let afresh = Store::open(folder.path(), false).unwrap();
+    assert_eq!(afresh.lengths().collect::<Vec<_>>(), [4, 6, 8, 5, 7, 9]);
+    assert_eq!(afresh.fingerprint(), store.fingerprint());
+    assert_eq!(afresh.metadata(), r#"{"session": 1}"#);
+    assert!(shard_paths(folder.path(), 1).0.exists() && !shard_paths(folder.path(), 2).1.exists());
+}
+
+#[test]
+fn what_a_crash_leaves_is_ignored_and_the_next_session_goes_on() {
+    let (folder, episodes, ends) = small();
+    let record = fs::read(index(folder.path())).unwrap();
+    // Data of an episode without its record, then half a record.
+    let mut tail = fs::read(data(folder.path())).unwrap();
+    tail.extend([1; 100]);
+    fs::write(data(folder.path()), &tail).unwrap();
+    fs::write(index(folder.path()), &record[..2 * RECORD + 30]).unwrap();
+    fs::write(shard_paths(folder.path(), 1).1, []).unwrap();
+    assert_eq!(Store::open(folder.path(), false).unwrap().len(), 2);
+    let mut writer = Writer::open(folder.path(), schema(4, 5), "{}").unwrap();
+    assert_eq!(append(&mut writer, &episodes[2]).unwrap(), 2);
+    let store = Store::open(folder.path(), false).unwrap();
+    assert_equal(&read(&store, 2).unwrap(), &episodes[2]);
+    assert!(fs::metadata(data(folder.path())).unwrap().len() as usize > ends[2]);
+}
+
+#[test]
+fn fingerprint_is_of_content_and_order() {
+    let schema = schema(4, 4);
+    let make = |order: &[u32]| {
+        let folder = TempDir::new().unwrap();
+        let episodes: Vec<_> = order.iter().map(|&seed| episode(&schema, 5, seed, true)).collect();
+        write(folder.path(), &schema, &episodes);
+        Store::open(folder.path(), false).unwrap().fingerprint()
+    };
+    assert_eq!(make(&[1, 2]), make(&[1, 2]));
+    assert_ne!(make(&[1, 2]), make(&[2, 1]));
+    assert_ne!(make(&[1, 2]), make(&[1]));
+    assert_ne!(make(&[1, 2]), make(&[1, 3]));
+    assert_eq!(make(&[1]).len(), 16);
+}
+
+#[test]
+fn windows_are_what_their_frames_are() {
+    // Large enough that several threads share the work, and a window straddles their border.
+    let schema = schema(64, 64);
+    let folder = TempDir::new().unwrap();
+    let episodes: Vec<_> = (0..3).map(|seed| episode(&schema, 50, seed, false)).collect();
+    write(folder.path(), &schema, &episodes);
+    let store = Store::open(folder.path(), false).unwrap();
+    let size = schema.frame_bytes();
+    let (ids, starts): (Vec<i64>, Vec<i64>) = (0..60).map(|at| (at % 3, at * 7 % 35)).unzip();
+    let items = store.windows(&ids, &starts, 4, 5).unwrap();
+    let mut out = vec![1; items.len() * size];
+    store.gather(&items, &mut out).unwrap();
+    for (at, got) in out.chunks_exact(size).enumerate() {
+        let (episode, frame) = (ids[at / 4] as usize, starts[at / 4] as usize + at % 4 * 5);
+        assert!(got == &episodes[episode].frames[frame * size..][..size], "window {at}");
+    }
+    assert_eq!(store.windows(&[0], &[34], 4, 5).unwrap(), [(0, 34), (0, 39), (0, 44), (0, 49)]);
+    for (ids, starts, length, stride) in
+        [([0], [35], 4, 5), ([3], [0], 1, 1), ([-1], [0], 1, 1), ([0], [-1], 1, 1), ([0], [1], usize::MAX, usize::MAX)]
+    {
+        assert!(matches!(store.windows(&ids, &starts, length, stride), Err(Error::Index(_))));
+    }
+    assert!(matches!(store.windows(&[0], &[0], 0, 1), Err(Error::Argument(_))));
+    assert!(matches!(store.windows(&[0], &[0], 1, 0), Err(Error::Argument(_))));
+    assert!(matches!(store.windows(&[0], &[0, 1], 1, 1), Err(Error::Argument(_))));
+    assert!(matches!(store.gather(&[(0, 50)], &mut vec![0; size]), Err(Error::Index(_))));
+    assert!(matches!(store.gather(&[(0, 0)], &mut []), Err(Error::Argument(_))));
+}
+
+#[test]
+fn bad_episodes_are_refused_and_leave_nothing() {
+    let schema = schema(4, 5);
+    let folder = TempDir::new().unwrap();
+    let mut writer = Writer::open(folder.path(), schema.clone(), "{}").unwrap();
+    let good = episode(&schema, 5, 1, true);
+    let mut refuse = |frames: &[u8], actions: &[f32], columns: &[(&str, &[f64])], wanted: &str| {
+        let error = writer.append(frames, actions, columns).unwrap_err();
+        assert!(matches!(&error, Error::Argument(text) if text.contains(wanted)), "{error}");
+    };
+    let state: (&str, &[f64]) = ("state", &good.state);
+    refuse(&[], &[], &[("state", &[])], "at least 2 frames, got 0");
+    refuse(&good.frames[..60], &[], &[("state", &good.state[..3])], "at least 2 frames, got 1");
+    refuse(&good.frames[1..], &good.actions, &[state], "frames has 299 bytes");
+    refuse(&good.frames, &good.actions[2..], &[state], "actions has 6 numbers");
+    refuse(&good.frames, &good.actions, &[], "columns lacks \"state\"");
+    refuse(&good.frames, &good.actions, &[state, ("pose", &[])], "columns has \"pose\"");
+    refuse(&good.frames, &good.actions, &[("state", &good.state[3..])], "columns[\"state\"] has 12 numbers");
+    let mut actions = good.actions.clone();
+    actions[3] = f32::NAN;
+    refuse(&good.frames, &actions, &[state], "actions[1, 1] is NaN");
+    let mut values = good.state.clone();
+    values[5] = f64::INFINITY;
+    refuse(&good.frames, &good.actions, &[("state", &values)], "columns[\"state\"][1, 2] is inf");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert_eq!(append(&mut writer, &good).unwrap(), 0);
+}
+
+#[test]
+fn bad_stores_are_refused() {
+    let (folder, _, _) = small();
+    let refuse = |path: &Path, schema: Schema, metadata: &str, wanted: &str| {
+        let error = Writer::open(path, schema, metadata).unwrap_err();
+        assert!(matches!(&error, Error::Argument(text) if text.contains(wanted)), "{error}");
+    };
+    let base = schema(4, 5);
+    refuse(folder.path(), schema(8, 5), "{}", "height is 8");
+    refuse(folder.path(), schema(4, 8), "{}", "width is 8");
+    refuse(folder.path(), Schema { action_dim: 3, ..base.clone() }, "{}", "action_dim is 3");
+    refuse(folder.path(), Schema { columns: BTreeMap::new(), ..base.clone() }, "{}", "columns is {}");
+    let new = TempDir::new().unwrap();
+    refuse(new.path(), schema(0, 5), "{}", "height is 0");
+    refuse(new.path(), schema(4, 5000), "{}", "width is 5000");
+    refuse(new.path(), base.clone(), "[]", "JSON object");
+    refuse(new.path(), base.clone(), "{", "not JSON");
+    fs::write(new.path().join("thesis.tex"), "years").unwrap();
+    refuse(new.path(), base, "{}", "not empty: it has thesis.tex");
+}

@@ -1,0 +1,266 @@
+//! Appending whole episodes.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use super::format::{
+    shard_numbers, shard_paths, sync_folder, xor, Catalogue, Digest, Record, Schema, CHUNK, ENTRY, MAX_FRAMES,
+};
+use super::reader::Store;
+use crate::Error;
+
+/// One writing session on a store. Several may run at once, each in shard files of its own.
+#[derive(Debug)]
+pub struct Writer {
+    folder: PathBuf,
+    schema: Schema,
+    shard: Option<Shard>,
+    episodes: usize,
+    process: u32,
+}
+
+#[derive(Debug)]
+struct Shard {
+    data_path: PathBuf,
+    index_path: PathBuf,
+    data: File,
+    index: File,
+    end: u64,
+}
+
+impl Writer {
+    /// Creates the store at `folder`, or opens it to append. Metadata is that of the session which created the store.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a schema out of its limits or other than the store's, for metadata that is not a JSON
+    /// object, and for a folder that holds something else; [`Error::Corrupt`] for a damaged catalogue; [`Error::Io`].
+    pub fn open(folder: &Path, schema: Schema, metadata: &str) -> Result<Self, Error> {
+        let catalogue = Catalogue::new(schema, metadata)?;
+        fs::create_dir_all(folder).map_err(|error| Error::Io(folder.to_owned(), error))?;
+        if Catalogue::read(folder)?.is_none() {
+            let foreign = refuse_foreign(folder);
+            // Unless another writer has made it a store in the meantime.
+            if Catalogue::read(folder)?.is_none() {
+                foreign?;
+                catalogue.create(folder)?;
+            }
+        }
+        let stored = Store::scan(folder)?;
+        catalogue.schema.same_as(stored.schema(), folder)?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            schema: catalogue.schema,
+            shard: None,
+            episodes: stored.len(),
+            process: std::process::id(),
+        })
+    }
+
+    /// What an episode must look like.
+    #[must_use]
+    pub fn schema(&self) -> &Schema {
+        &self.schema
+    }
+
+    /// Appends an episode of N frames; it is committed, and on the disk, when this returns its index.
+    ///
+    /// `frames` is (N, height, width, 3), `actions` (N-1, `action_dim`), and each column (N, its width), all row-major.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the array, and nothing is written; [`Error::Io`], and the next append starts new shard
+    /// files, so that whatever was left of this one cannot harm it.
+    pub fn append(&mut self, frames: &[u8], actions: &[f32], columns: &[(&str, &[f64])]) -> Result<usize, Error> {
+        if std::process::id() != self.process {
+            return Err(Error::Argument("this writer was opened in another process: open one after the fork".into()));
+        }
+        let columns = self.check(frames, actions, columns)?;
+        let (bytes, mut record) = encode(&self.schema, frames, actions, &columns);
+        let mut shard = match self.shard.take() {
+            Some(shard) => shard,
+            None => Shard::create(&self.folder)?,
+        };
+        record.offset = shard.end;
+        shard.commit(&bytes, &record)?;
+        self.shard = Some(shard);
+        self.episodes += 1;
+        Ok(self.episodes - 1)
+    }
+
+    /// Checks an episode, and returns its columns in the order of the schema.
+    fn check<'a>(
+        &self,
+        frames: &[u8],
+        actions: &[f32],
+        columns: &[(&str, &'a [f64])],
+    ) -> Result<Vec<&'a [f64]>, Error> {
+        let schema = &self.schema;
+        let count = frames.len() / schema.frame_bytes();
+        if frames.len() % schema.frame_bytes() != 0 {
+            return Err(Error::Argument(format!(
+                "frames has {} bytes; wants a multiple of {}",
+                frames.len(),
+                schema.frame_bytes()
+            )));
+        }
+        if count < 2 {
+            return Err(Error::Argument(format!("frames: an episode needs at least 2 frames, got {count}")));
+        }
+        if count > MAX_FRAMES {
+            return Err(Error::Argument(format!("frames: an episode has at most {MAX_FRAMES} frames, got {count}")));
+        }
+        if actions.len() != (count - 1) * schema.action_dim {
+            return Err(Error::Argument(format!(
+                "actions has {} numbers; {count} frames want {} rows of {}",
+                actions.len(),
+                count - 1,
+                schema.action_dim
+            )));
+        }
+        fits("actions", size_of_val(actions))?;
+        if let Some(at) = actions.iter().position(|value| !value.is_finite()) {
+            let (row, column, value) = (at / schema.action_dim, at % schema.action_dim, actions[at]);
+            return Err(Error::Argument(format!("actions[{row}, {column}] is {value}; wants finite numbers")));
+        }
+        if let Some((name, _)) = columns.iter().find(|(name, _)| !schema.columns.contains_key(*name)) {
+            let known: Vec<_> = schema.columns.keys().collect();
+            return Err(Error::Argument(format!("columns has {name:?}; this store has {known:?}")));
+        }
+        let mut ordered = Vec::with_capacity(schema.columns.len());
+        for (name, &width) in &schema.columns {
+            let Some(&(_, values)) = columns.iter().find(|(given, _)| given == name) else {
+                return Err(Error::Argument(format!("columns lacks {name:?}")));
+            };
+            if values.len() != count * width {
+                return Err(Error::Argument(format!(
+                    "columns[{name:?}] has {} numbers; {count} frames want {count} rows of {width}",
+                    values.len()
+                )));
+            }
+            fits(name, size_of_val(values))?;
+            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                let (row, column, value) = (at / width, at % width, values[at]);
+                return Err(Error::Argument(format!(
+                    "columns[{name:?}][{row}, {column}] is {value}; wants finite numbers"
+                )));
+            }
+            ordered.push(values);
+        }
+        Ok(ordered)
+    }
+}
+
+/// Checks that a table entry can hold the length of an array.
+fn fits(name: &str, bytes: usize) -> Result<(), Error> {
+    if u32::try_from(bytes).is_ok() {
+        return Ok(());
+    }
+    Err(Error::Argument(format!("{name} has {bytes} bytes in one episode; wants at most {}", u32::MAX)))
+}
+
+/// Refuses to make a store among files that are not a store's.
+fn refuse_foreign(folder: &Path) -> Result<(), Error> {
+    if !shard_numbers(folder)?.is_empty() {
+        return Err(Error::Corrupt(format!("{} has shards but no catalogue.json", folder.display())));
+    }
+    let failed = |error| Error::Io(folder.to_owned(), error);
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        // Another writer may have got here first: its catalogue, finished or not, is no stranger.
+        if !Catalogue::owns(&name.to_string_lossy()) {
+            return Err(Error::Argument(format!(
+                "{} is not a .lewm store and not empty: it has {}",
+                folder.display(),
+                name.to_string_lossy()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// An episode's bytes and its record, all but the offset.
+fn encode(schema: &Schema, frames: &[u8], actions: &[f32], columns: &[&[f64]]) -> (Vec<u8>, Record) {
+    let size = schema.frame_bytes();
+    let count = frames.len() / size;
+    let mut table = Vec::with_capacity(schema.blobs(count) * ENTRY);
+    let mut blobs = Vec::new();
+    let mut digest = Digest::new();
+    digest.update(count as u64);
+    let mut push = |blob: &[u8]| {
+        table.extend((blob.len() as u32).to_le_bytes());
+        table.extend(crc32fast::hash(blob).to_le_bytes());
+        blobs.extend_from_slice(blob);
+    };
+    let mut difference = vec![0; size];
+    let mut packed = vec![0; lz4_flex::block::get_maximum_output_size(size)];
+    for chunk in frames.chunks(size * CHUNK) {
+        let key = &chunk[..size];
+        for (place, frame) in chunk.chunks_exact(size).enumerate() {
+            digest.blob(frame);
+            let plain = if place == 0 {
+                frame
+            } else {
+                difference.copy_from_slice(frame);
+                xor(&mut difference, key);
+                &difference
+            };
+            let length = lz4_flex::block::compress_into(plain, &mut packed).expect("the buffer is the largest size");
+            push(&packed[..length]);
+        }
+    }
+    let arrays = std::iter::once(actions.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
+        .chain(columns.iter().map(|values| values.iter().flat_map(|value| value.to_le_bytes()).collect()));
+    for bytes in arrays {
+        digest.blob(&bytes);
+        push(&bytes);
+    }
+    let record = Record {
+        schema: schema.crc(),
+        frames: count,
+        offset: 0,
+        length: (table.len() + blobs.len()) as u64,
+        digest: digest.finish(),
+        table: crc32fast::hash(&table),
+        chunk: CHUNK,
+    };
+    table.append(&mut blobs);
+    (table, record)
+}
+
+impl Shard {
+    fn create(folder: &Path) -> Result<Self, Error> {
+        let after = |number: u32| number.checked_add(1).ok_or(Error::Argument("no shard number is left".into()));
+        let mut number = shard_numbers(folder)?.last().map_or(Ok(0), |&last| after(last))?;
+        let new = |path: &Path| OpenOptions::new().write(true).create_new(true).open(path);
+        loop {
+            let (data_path, index_path) = shard_paths(folder, number);
+            // The index is first, so that data without an index is damage and never a writer about to make it.
+            let index = match new(&index_path) {
+                Ok(index) => index,
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    number = after(number)?;
+                    continue;
+                }
+                Err(error) => return Err(Error::Io(index_path, error)),
+            };
+            let data = new(&data_path).map_err(|error| Error::Io(data_path.clone(), error))?;
+            sync_folder(folder)?;
+            return Ok(Self { data_path, index_path, data, index, end: 0 });
+        }
+    }
+
+    /// Writes an episode, then the record that commits it, each on the disk before the next step.
+    fn commit(&mut self, bytes: &[u8], record: &Record) -> Result<(), Error> {
+        self.data
+            .seek(SeekFrom::Start(self.end))
+            .and_then(|_| self.data.write_all(bytes))
+            .and_then(|()| self.data.sync_data())
+            .map_err(|error| Error::Io(self.data_path.clone(), error))?;
+        self.index
+            .write_all(&record.encode())
+            .and_then(|()| self.index.sync_data())
+            .map_err(|error| Error::Io(self.index_path.clone(), error))?;
+        self.end = record.end();
+        Ok(())
+    }
+}
