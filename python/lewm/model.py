@@ -1,0 +1,336 @@
+"""`lewm.Model`: a world model behind one array interface, whatever runs it; and `lewm.load`, `lewm.use`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lewm import pixels
+from lewm.config import PRESETS, ModelConfig, configure
+from lewm.model_file import current_names, read_model, write_model
+
+_STATS = ("mean", "std", "low", "high")
+
+
+class Model:
+    """A LeWorldModel ready to encode, imagine and plan. Make one with `lewm.load`, `lewm.train` or `from_state_dict`.
+
+    Every method takes NumPy arrays and gives NumPy arrays; given a torch tensor it gives a tensor
+    on that tensor's device.
+    Action blocks (width A = `config.block_dim`) are normalised: (raw - mean) / std of the training data.
+
+    Attributes:
+        config: The architecture.
+        stats: mean, std, low, high per raw action dimension, float64 in raw units; None: it cannot plan.
+        meta: The rest of the model file's header: preset, planner, data, training.
+        backend: What runs it.
+        precision: What it computes in.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Any],
+        *,
+        stats: dict[str, Any] | None = None,
+        meta: dict[str, Any] | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
+        device: str | None = None,
+    ) -> None:
+        if backend not in ("auto", "torch"):
+            raise ValueError(f'backend must be "auto" or "torch" in this release, got {backend!r}')
+        try:
+            from lewm.torch_backend import TorchBackend
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"running a model needs {error.name} in this release: pip install 'lewm-fast[train]'"
+            ) from error
+        self.config = config
+        self.stats = None if stats is None else _checked_stats(stats, config.action_dim)
+        self.meta = dict(meta or {})
+        self._engine = TorchBackend(config, weights, precision, device)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        weights: dict[str, Any],
+        *,
+        preset: str = "paper",
+        stats: dict[str, Any] | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
+        device: str | None = None,
+        **overrides: Any,
+    ) -> Model:
+        """A model from official weights.
+
+        Args:
+            weights: State dict under the official key names (transformers 4 or 5), arrays or tensors.
+            preset: The architecture; the action width is read off the weights.
+            stats: mean, std, low and high per raw action dimension, raw units; needed to plan.
+            backend, precision, device: See `lewm.load`.
+            **overrides: Fields of `ModelConfig` that differ from the preset.
+
+        Raises:
+            ValueError: Keys or shapes that do not fit the architecture, listed by group.
+        """
+        weights = current_names(weights)
+        key = "action_encoder.patch_embed.weight"
+        if key not in weights:
+            raise ValueError(
+                f"weights lack {key}: want the state dict of a LeWorldModel, got {len(weights)} other tensors"
+            )
+        block = overrides.get("action_block", configure(preset, 1, {})[0].action_block)
+        config, _ = configure(preset, max(1, weights[key].shape[1] // block), overrides)
+        meta = {"preset": preset, "planner": PRESETS[preset].planner}
+        return cls(config, weights, stats=stats, meta=meta, backend=backend, precision=precision, device=device)
+
+    @property
+    def backend(self) -> str:
+        """The back end that runs this model."""
+        return self._engine.name
+
+    @property
+    def precision(self) -> str:
+        """The precision it computes in."""
+        return self._engine.precision
+
+    @property
+    def network(self) -> Any:
+        """The torch module (torch back end)."""
+        return self._engine.network
+
+    def encode(self, frames: Any, *, name: str = "frames") -> Any:
+        """Latents of frames.
+
+        Args:
+            frames: (..., H, W, 3) uint8 RGB, square; another size than the model's is area-resized.
+            name: What error messages call it.
+
+        Returns:
+            (..., D) float32.
+
+        Raises:
+            ValueError: Frames of another kind or shape, naming what they are and what is wanted.
+        """
+        return self._give(self._engine.encode(pixels.checked(frames, self.config.image_size, name)), frames)
+
+    def rollout(self, z: Any, candidates: Any, past_actions: Any = None) -> Any:
+        """Imagined latents of every candidate.
+
+        Args:
+            z: Latents of the observed frames, oldest first, (E, T, D).
+            candidates: Normalised action blocks, (E, S, H, A).
+            past_actions: Normalised blocks between the observed frames, (E, T - 1, A); None when T is 1.
+
+        Returns:
+            (E, S, T + H, D): observed, then imagined.
+        """
+        self._check_rollout(z, candidates, past_actions)
+        return self._give(self._engine.rollout(z, candidates, past_actions), z, candidates)
+
+    def cost(self, zs: Any, goal: Any) -> Any:
+        """Squared distance of the last latent to the goal, summed over D (paper section 3.3).
+
+        Args:
+            zs: Trajectories, (E, S, T, D).
+            goal: Latents, (E, D).
+
+        Returns:
+            (E, S).
+        """
+        if len(np.shape(zs)) != 4 or np.shape(goal) != (np.shape(zs)[0], np.shape(zs)[-1]):
+            raise ValueError(f"want zs (E, S, T, D) and goal (E, D), got {np.shape(zs)} and {np.shape(goal)}")
+        distance = zs[:, :, -1] - goal[:, None]
+        return (distance * distance).sum(-1)
+
+    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any = None) -> Any:
+        """`cost(rollout(z, candidates, past_actions), goal)` without keeping the trajectories; what planners call."""
+        self._check_rollout(z, candidates, past_actions)
+        if np.shape(goal) != (np.shape(z)[0], self.config.embed_dim):
+            raise ValueError(f"goal must be ({np.shape(z)[0]}, {self.config.embed_dim}), got {np.shape(goal)}")
+        return self._give(self._engine.costs(z, goal, candidates, past_actions), z, candidates)
+
+    def normalise(self, raw: Any) -> np.ndarray:
+        """Raw actions (..., n * action_dim) -> normalised blocks of the same shape, float64."""
+        stats, n = self._tiled_stats(raw, "raw")
+        return (np.asarray(raw, np.float64) - np.tile(stats["mean"], n)) / np.tile(stats["std"], n)
+
+    def denormalise(self, blocks: Any) -> np.ndarray:
+        """Normalised blocks (..., n * action_dim) -> raw actions of the same shape, float64."""
+        stats, n = self._tiled_stats(blocks, "blocks")
+        return np.asarray(blocks, np.float64) * np.tile(stats["std"], n) + np.tile(stats["mean"], n)
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The raw action bounds as bounds of a normalised block: low (A,), high (A,)."""
+        stats = self.require_stats()
+        block = self.config.action_block
+        return self.normalise(np.tile(stats["low"], block)), self.normalise(np.tile(stats["high"], block))
+
+    def require_stats(self) -> dict[str, np.ndarray]:
+        """`stats`, or an error that says how to give them."""
+        if self.stats is None:
+            raise ValueError(
+                "model has no action statistics, so its actions have no units: give stats=dict(mean=..., std=..., "
+                f"low=..., high=...), each of length {self.config.action_dim} in raw units, when loading it"
+            )
+        return self.stats
+
+    def hash(self) -> str:
+        """SHA-256 of the weights (names, shapes, float32 values), hexadecimal."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self._engine.weights().items()):
+            digest.update(f"{name} {value.dtype} {value.shape};".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model file, `.safetensors`; it is complete or absent.
+
+        Raises:
+            ValueError: `path` has another suffix.
+        """
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"path must end in .safetensors, got {os.fspath(path)!r}")
+        write_model(path, self._engine.weights(), self.config, self.stats, self.meta)
+
+    def describe(self) -> str:
+        """Units, bounds and origin in a few lines, to be read by a person."""
+        c = self.config
+        lines = [
+            f"LeWorldModel, preset {self.meta.get('preset', '?')}: {c.image_size}x{c.image_size} RGB -> "
+            f"{c.embed_dim}-d, history {c.history}, blocks of {c.action_block} actions of width {c.action_dim}",
+            f"runs on {self.backend} in {self.precision}; weights {self.hash()[:12]}",
+        ]
+        if self.stats is None:
+            lines.append("no action statistics: it cannot plan")
+        else:
+            rows = zip(*(self.stats[k] for k in _STATS), strict=True)
+            lines += [
+                f"action {i}: raw bounds [{low:g}, {high:g}], data mean {mean:.4g}, std {std:.4g}"
+                for i, (mean, std, low, high) in enumerate(rows)
+            ]
+        data = self.meta.get("data") or {}
+        if data:
+            lines.append(
+                f"learnt from {data.get('env_id', 'own data')}, fingerprint {str(data.get('fingerprint'))[:12]}"
+            )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<lewm.Model {self.meta.get('preset', 'custom')}, {self.backend} {self.precision}>"
+
+    def _tiled_stats(self, values: Any, name: str) -> tuple[dict[str, np.ndarray], int]:
+        stats, dim = self.require_stats(), self.config.action_dim
+        width = np.shape(values)[-1] if np.ndim(values) else 0
+        if width == 0 or width % dim:
+            raise ValueError(
+                f"{name} must have a last axis of whole actions of width {dim}, got shape {np.shape(values)}"
+            )
+        return stats, width // dim
+
+    def _check_rollout(self, z: Any, candidates: Any, past_actions: Any) -> None:
+        zs, cs = np.shape(z), np.shape(candidates)
+        dim, width = self.config.embed_dim, self.config.block_dim
+        if len(zs) != 3 or zs[2] != dim or zs[1] < 1:
+            raise ValueError(f"z must be (E, T, {dim}), got {zs}")
+        if len(cs) != 4 or cs[0] != zs[0] or cs[3] != width or 0 in cs:
+            raise ValueError(f"candidates must be ({zs[0]}, S, H, {width}), got {cs}")
+        want = (zs[0], zs[1] - 1, width)
+        if zs[1] > 1 and past_actions is None:
+            raise ValueError(f"past_actions must be {want} when z holds {zs[1]} frames, got None")
+        if past_actions is not None and np.shape(past_actions) != want:
+            raise ValueError(f"past_actions must be {want}, got {np.shape(past_actions)}")
+
+    @staticmethod
+    def _give(result: Any, *inputs: Any) -> Any:
+        for value in inputs:
+            if hasattr(value, "new_tensor"):
+                return result.to(value.device)
+        return result.cpu().numpy()
+
+
+def load(
+    src: str | os.PathLike[str],
+    *,
+    stats: dict[str, Any] | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+    device: str | None = None,
+) -> Model:
+    """Reads a model file; nothing else is needed to plan, and nothing in it is executed.
+
+    Args:
+        src: A `.safetensors` file that lewm wrote, or a run folder that holds `model.safetensors`.
+        stats: Action statistics (see `Model`) to use instead of the file's.
+        backend: "auto" or "torch".
+        precision: "auto" (float32), "float32", "bfloat16" or "float64".
+        device: A torch device; CUDA where there is one, else the CPU, when not given.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a model file.
+    """
+    path = Path(src)
+    weights, config, file_stats, meta = read_model(path / "model.safetensors" if path.is_dir() else path)
+    return Model(
+        config,
+        weights,
+        stats=file_stats if stats is None else stats,
+        meta=meta,
+        backend=backend,
+        precision=precision,
+        device=device,
+    )
+
+
+_current: Model | None = None
+
+
+def use(model: Model | str | os.PathLike[str] | None) -> Model | None:
+    """Makes `model` (or the model file at that path) the one that `lewm.plan` uses; None forgets it."""
+    global _current
+    _current = model if model is None or isinstance(model, Model) else load(model)
+    return _current
+
+
+def current() -> Model:
+    """The model set by `lewm.use`, or the one that `LEWM_MODEL` names.
+
+    Raises:
+        RuntimeError: Neither is set.
+    """
+    if _current is not None:
+        return _current
+    path = os.environ.get("LEWM_MODEL")
+    if not path:
+        raise RuntimeError("no model is set: pass model=, call lewm.use(model), or set LEWM_MODEL to a model file")
+    model = load(path)
+    use(model)
+    return model
+
+
+def _checked_stats(stats: dict[str, Any], action_dim: int) -> dict[str, np.ndarray]:
+    missing = [name for name in _STATS if name not in stats]
+    if missing:
+        raise ValueError(f"stats must hold {', '.join(_STATS)}; missing: {', '.join(missing)}")
+    arrays = {name: np.asarray(stats[name], np.float64) for name in _STATS}
+    for name, values in arrays.items():
+        if values.shape != (action_dim,):
+            raise ValueError(
+                f"stats[{name!r}] must have shape ({action_dim},), one per raw action dimension, got {values.shape}"
+            )
+        if np.isnan(values).any() or (name in ("mean", "std") and not np.isfinite(values).all()):
+            raise ValueError(f"stats[{name!r}] must be finite, got {values}")
+    if (arrays["std"] <= 0).any():
+        raise ValueError(
+            f"stats['std'] must be positive, got {arrays['std']}: a constant action column cannot be planned"
+        )
+    if (arrays["low"] >= arrays["high"]).any():
+        raise ValueError(f"stats['low'] must be below stats['high'], got {arrays['low']} and {arrays['high']}")
+    return arrays

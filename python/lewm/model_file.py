@@ -1,0 +1,159 @@
+"""The model file: one `.safetensors` that holds everything planning needs. No pickle, nothing executed.
+
+Tensors carry the official names. The header's `lewm` entry is JSON:
+
+    format_version  1
+    architecture    every field of `ModelConfig`
+    preset          the preset it started from
+    stats           mean, std, low, high per raw action dimension (raw units), or null
+    pixels          what a frame is: size, channel order, how another size gets there, mean and std
+    planner         the planner settings it is meant to be used with
+    data            fingerprint of the store it learnt from, environment, collection
+    training        configuration, seed, steps, held-out episodes, last diagnostics, versions
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lewm.config import ModelConfig
+
+FORMAT_VERSION = 1
+
+# transformers 4 name of each ViT key -> transformers 5 name (the rest of a checkpoint is named alike).
+_V4_TO_V5 = (
+    (r"^encoder\.encoder\.layer\.(\d+)\.", r"encoder.layers.\1."),
+    (r"\.attention\.attention\.query\.", ".attention.q_proj."),
+    (r"\.attention\.attention\.key\.", ".attention.k_proj."),
+    (r"\.attention\.attention\.value\.", ".attention.v_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(encoder\.layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+)
+
+
+def current_names(weights: dict[str, Any]) -> dict[str, Any]:
+    """`weights` under the names of this package, whichever transformers release named them."""
+    renamed = {}
+    for name, value in weights.items():
+        for pattern, replacement in _V4_TO_V5:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """`content` under `path`, or what was there before: never a part of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, np.ndarray], header: dict[str, Any]) -> None:
+    """A safetensors file with `header` as its JSON `lewm` entry, written atomically."""
+    from safetensors.numpy import save
+
+    write_atomically(path, save(tensors, metadata={"lewm": json.dumps(header)}))
+
+
+def read_tensors(path: str | os.PathLike[str], what: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and `lewm` header of a safetensors file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a safetensors file, or has no `lewm` header; `what` says what was wanted.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{what}: no such file: {path}")
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise ValueError(f"{what}: {path} is a pickle, which can run code when opened; want a .safetensors file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("lewm", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{what}: {path} is not a safetensors file of lewm ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(
+            f"{what}: {path} is a safetensors file but carries no lewm description; want one that lewm wrote"
+        )
+    return tensors, header
+
+
+def write_model(
+    path: str | os.PathLike[str],
+    weights: dict[str, np.ndarray],
+    config: ModelConfig,
+    stats: dict[str, np.ndarray] | None,
+    meta: dict[str, Any],
+) -> None:
+    """Writes the model file of the module's docstring."""
+    from lewm.pixels import MEAN, STD
+
+    header = {
+        "format_version": FORMAT_VERSION,
+        "architecture": dataclasses.asdict(config),
+        "stats": None if stats is None else {name: list(map(float, values)) for name, values in stats.items()},
+        "pixels": {
+            "size": config.image_size,
+            "layout": "HWC RGB uint8",
+            "resize": "area",
+            "scale": 255,
+            "mean": MEAN,
+            "std": STD,
+        },
+        **{name: meta[name] for name in ("preset", "planner", "data", "training") if name in meta},
+    }
+    write_tensors(path, weights, header)
+
+
+def read_model(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], ModelConfig, dict[str, np.ndarray] | None, dict[str, Any]]:
+    """Weights, configuration, action statistics and the rest of the header of a model file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a model file of this package, or of a newer format.
+    """
+    weights, header = read_tensors(path, "model file")
+    version = header.get("format_version")
+    if version != FORMAT_VERSION or "architecture" not in header:
+        raise ValueError(
+            f"model file: {path} has format version {version!r} and keys {sorted(header)}; "
+            f"this release reads model files of format {FORMAT_VERSION}"
+        )
+    try:
+        config = ModelConfig(**header["architecture"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model file: {path} describes no model ({error})") from None
+    stats = header.get("stats")
+    if stats is not None:
+        try:
+            stats = {name: np.asarray(stats[name], np.float64) for name in ("mean", "std", "low", "high")}
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"model file: {path} has damaged action statistics ({error!r})") from None
+    return weights, config, stats, {k: v for k, v in header.items() if k not in ("architecture", "stats")}

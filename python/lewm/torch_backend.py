@@ -1,0 +1,110 @@
+"""The `torch` back end: the network on any device torch has, behind the array interface of `lewm.Model`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lewm.config import ModelConfig
+from lewm.network import LeWM
+
+_PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# Rows of candidates per pass: enough to fill two cores or a GPU, small enough to stay in cache on the former.
+_ROWS = {"cpu": 4096, "cuda": 65536}
+_FRAMES = 256
+
+
+class TorchBackend:
+    """Weights on a device, and the four things planning asks of them.
+
+    `bfloat16` computes matrix products in bfloat16 under autocast and everything else in float32.
+    """
+
+    name = "torch"
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Any], precision: str, device: str | None) -> None:
+        if precision not in ("auto", *_PRECISIONS):
+            known = ", ".join(_PRECISIONS)
+            raise ValueError(f"precision must be auto or one of {known} on the torch back end, got {precision!r}")
+        self.precision = "float32" if precision == "auto" else precision
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = torch.float64 if precision == "float64" else torch.float32
+        with torch.device("meta"):
+            self.network = LeWM(config)
+        _check_names(self.network.state_dict(), weights)
+        self.network = self.network.to_empty(device=self.device).to(self.dtype)
+        self.network.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()}, strict=True)
+        self.network.eval().requires_grad_(False)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The state dict, float32, in NumPy."""
+        return {
+            name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+            for name, value in self.network.state_dict().items()
+        }
+
+    def tensor(self, values: Any) -> Tensor:
+        """`values` on this device in this precision's storage type; uint8 stays uint8."""
+        values = torch.as_tensor(values, device=self.device)
+        return values if values.dtype == torch.uint8 else values.to(self.dtype)
+
+    @torch.no_grad()
+    def encode(self, frames: Any) -> Tensor:
+        """(..., size, size, 3) uint8 -> (..., D)."""
+        frames = torch.as_tensor(frames)
+        flat = frames.reshape(-1, *frames.shape[-3:])
+        with self._autocast():
+            z = torch.cat([self.network.encode(part.to(self.device)) for part in flat.split(_FRAMES)])
+        return z.to(self.dtype).reshape(*frames.shape[:-3], -1)
+
+    @torch.no_grad()
+    def rollout(self, z: Any, candidates: Any, past_actions: Any | None) -> Tensor:
+        """(E, T, D), (E, S, H, A), (E, T - 1, A) -> (E, S, T + H, D)."""
+        z, candidates = self.tensor(z), self.tensor(candidates)
+        return torch.cat(list(self._rollouts(z, candidates, past_actions))).unflatten(0, candidates.shape[:2])
+
+    @torch.no_grad()
+    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None) -> Tensor:
+        """Terminal costs (E, S) of candidates, without keeping the trajectories."""
+        z, candidates, goal = self.tensor(z), self.tensor(candidates), self.tensor(goal)
+        goals = goal.repeat_interleave(candidates.shape[1], 0)
+        costs, done = [], 0
+        for part in self._rollouts(z, candidates, past_actions):
+            last = part[:, -1]
+            costs.append((last - goals[done : done + len(last)]).square().sum(-1))
+            done += len(last)
+        return torch.cat(costs).unflatten(0, candidates.shape[:2])
+
+    def _rollouts(self, z: Tensor, candidates: Tensor, past_actions: Any | None) -> Any:
+        environments, samples = candidates.shape[:2]
+        flat = candidates.flatten(0, 1)
+        owner = torch.arange(environments, device=self.device).repeat_interleave(samples)
+        past = None if past_actions is None else self.tensor(past_actions)
+        rows = _ROWS.get(self.device.type, 4096)
+        for i in range(0, len(flat), rows):
+            whose = owner[i : i + rows]
+            with self._autocast():
+                out = self.network.rollout(z[whose], flat[i : i + rows], None if past is None else past[whose])
+            yield out.to(self.dtype)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+def _check_names(want: dict[str, Tensor], got: dict[str, Any]) -> None:
+    missing, unexpected = sorted(set(want) - set(got)), sorted(set(got) - set(want))
+    shapes = [
+        f"{name} {tuple(got[name].shape)}, want {tuple(tensor.shape)}"
+        for name, tensor in want.items()
+        if name in got and tuple(got[name].shape) != tuple(tensor.shape)
+    ]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"weights do not fit the architecture: {'; '.join(problems)}; want {len(want)} tensors")
