@@ -1,0 +1,251 @@
+"""The two terms of LeWorldModel's loss: prediction error and SIGReg (paper, equations 1 to 3 and appendix A).
+
+    loss = prediction_loss + lambda * sigreg,   lambda = 0.09 in the official code
+
+`sigreg` runs as one fused Triton kernel on CUDA (`lewm.kernels.sigreg`) and as the PyTorch below everywhere else: the
+same mathematics, derived in `kernels/README.md`, and neither keeps a tensor of size (T, B, P, K).
+"""
+
+import importlib.util
+import os
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+LAST_KNOT = 3.0  # the official code integrates over [0, 3] (the paper's text says [0.2, 4])
+_CHUNK = (
+    1 << 18
+)  # projections handled at once on the PyTorch path: about 8 MB of work space, near the size of an L2 cache
+
+
+def prediction_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over every entry (paper, equation 1 with teacher forcing); gradients flow to both arguments.
+
+    Args:
+        pred: Predicted embeddings of any shape, usually (B, T, D); float64, or anything else computed in float32.
+        target: The embeddings that were to be predicted, of the same shape.
+
+    Returns:
+        A scalar, float32 (float64 if an argument is).
+
+    Raises:
+        ValueError: if the shapes differ (nothing is broadcast).
+    """
+    if pred.shape != target.shape:
+        raise ValueError(f"pred and target must have the same shape, got {tuple(pred.shape)} and {tuple(target.shape)}")
+    return (_at_least_float32(pred) - _at_least_float32(target)).square().mean()
+
+
+def sigreg_directions(
+    dim: int,
+    count: int,
+    *,
+    seed: int,
+    step: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Random directions for one training step, uniform on the unit sphere (paper, appendix A).
+
+    They are drawn on the CPU from a generator of their own, so that they are the same on every device, a resumed run
+    sees the directions that an uninterrupted one would, and no other random draw depends on how often SIGReg is called.
+
+    Args:
+        dim: Embedding width D.
+        count: Number of directions P (1024 in the paper).
+        seed: Seed of the run, not negative.
+        step: Training step, not negative; every (seed, step) has its own directions.
+        device: Where the result lives.
+        dtype: Floating dtype of the result.
+
+    Returns:
+        Directions of shape (D, P); every column has norm 1.
+
+    Raises:
+        ValueError: if dim or count is below 1, or seed or step below 0.
+    """
+    for name, value, low in (("dim", dim, 1), ("count", count, 1), ("seed", seed, 0), ("step", step, 0)):
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}")
+    key = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+    directions = torch.randn(dim, count, generator=torch.Generator().manual_seed(key)).to(dtype)
+    return (directions / directions.norm(dim=0)).to(device)
+
+
+def sigreg(z: torch.Tensor, directions: torch.Tensor, *, knots: int = 17, backend: str = "auto") -> torch.Tensor:
+    """SIGReg: how far the embeddings of each time step are from a standard normal, along random directions.
+
+    The Epps-Pulley statistic of every projection h = z[t] @ directions[:, p], averaged over directions and time (paper,
+    appendix A):
+
+        B * sum_k w_k [(mean_b cos(t_k h_b) - exp(-t_k^2 / 2))^2 + (mean_b sin(t_k h_b))^2]
+
+    with the official code's quadrature, not the one of the paper's text: K knots t_k on [0, 3] and weights
+    w_k = 2 dt exp(-t_k^2 / 2), half of that at both ends. The factor B makes it a test statistic: embeddings that are
+    standard normal give about 1.05 at any batch size, embeddings that have collapsed to zero give 0.402 B, so watch
+    `sigreg / B`.
+
+    Args:
+        z: Embeddings of shape (T, B, D). float64 is computed in float64, anything else in float32. The only argument
+            that gets a gradient.
+        directions: Unit directions of shape (D, P), as `sigreg_directions` makes them; they are used as they are, so a
+            caller with others normalises the columns first.
+        knots: Number of knots K, at least 2 (17 in the official code).
+        backend: "triton" (CUDA, or any device under TRITON_INTERPRET=1), "torch", or "auto": Triton for what it can
+            run on a CUDA device, else torch.
+
+    Returns:
+        A scalar, float32 (float64 for float64 z).
+
+    Raises:
+        TypeError: if z or directions is not floating.
+        ValueError: for wrong or empty shapes, devices that differ, fewer than 2 knots, an unknown backend, or "triton"
+            where it cannot run.
+    """
+    if _resolve(z, directions, knots, backend) == "triton":
+        from lewm.kernels.sigreg import sigreg_forward
+
+        return sigreg_forward(z, directions, knots)[0].mean()
+    return epps_pulley(_CharacteristicFunction.apply(z, directions, knots), z.shape[1]).mean()
+
+
+def characteristic_function(
+    z: torch.Tensor, directions: torch.Tensor, *, knots: int = 17, backend: str = "auto"
+) -> torch.Tensor:
+    """Empirical characteristic function of every projection, which is what several GPUs average.
+
+    `epps_pulley(characteristic_function(z, u), B).mean()` is `sigreg(z, u)`. With a batch spread evenly over processes,
+    average this result over them (differentiably) and give `epps_pulley` the whole batch size.
+
+    Args:
+        z: As in `sigreg`.
+        directions: As in `sigreg`.
+        knots: As in `sigreg`.
+        backend: As in `sigreg`.
+
+    Returns:
+        Shape (T, 2, K - 1, P), float32 or float64 as in `sigreg`: mean over the batch of cos(t_k h) and sin(t_k h) at
+        knots 1 .. K-1. Knot 0 is left out: there it is 1 whatever z is.
+
+    Raises:
+        TypeError: as `sigreg`.
+        ValueError: as `sigreg`.
+    """
+    if _resolve(z, directions, knots, backend) == "triton":
+        from lewm.kernels.sigreg import sigreg_forward
+
+        return sigreg_forward(z, directions, knots)[1]
+    return _CharacteristicFunction.apply(z, directions, knots)
+
+
+def epps_pulley(ecf: torch.Tensor, batch: int) -> torch.Tensor:
+    """Epps-Pulley statistic from an empirical characteristic function (the formula in `sigreg`, before its last mean).
+
+    Args:
+        ecf: Shape (T, 2, K - 1, P), from `characteristic_function`.
+        batch: Number of samples behind it, over all processes.
+
+    Returns:
+        Shape (T, P), ecf's dtype.
+    """
+    knots = ecf.shape[2] + 1
+    dt = LAST_KNOT / (knots - 1)
+    normal = torch.exp(-0.5 * (dt * torch.arange(1, knots, dtype=ecf.dtype, device=ecf.device)).square())
+    weight = 2 * dt * normal
+    weight[-1] /= 2
+    distance = (ecf[:, 0] - normal[:, None]).square() + ecf[:, 1].square()  # (T, K - 1, P)
+    return batch * (weight[:, None] * distance).sum(1)
+
+
+class _CharacteristicFunction(torch.autograd.Function):
+    """(T, B, D), (D, P) -> (T, 2, K - 1, P). Knots are multiples of dt, so rotations by exp(i dt h) reach them all.
+
+    Projections are made for a few time steps at once and made again in the backward pass, so nothing large is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, z, directions, knots):
+        ctx.save_for_backward(z, directions)
+        ctx.knots = knots
+        z, directions = _as_computed(z, directions)
+        ecf = torch.empty((len(z), knots - 1, directions.shape[1]), dtype=z.dtype.to_complex(), device=z.device)
+        steps = _steps(z, directions)
+        for rows, means in zip(z.split(steps), ecf.split(steps), strict=True):
+            turn = _turn(rows, directions, knots)  # (t, B, P)
+            power = turn.clone()
+            means[:, 0] = power.mean(1)
+            for k in range(1, knots - 1):
+                means[:, k] = power.mul_(turn).mean(1)
+        return torch.stack((ecf.real, ecf.imag), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        inputs, knots = ctx.saved_tensors, ctx.knots
+        z, directions = _as_computed(*inputs)
+        knot = LAST_KNOT / (knots - 1) * torch.arange(1, knots, dtype=z.dtype, device=z.device)
+        # dL/dh = Re sum_k (dL/dS_k + i dL/dC_k) t_k exp(i t_k h) / B, a polynomial in exp(i dt h): Horner's rule.
+        coefficients = torch.complex(grad[:, 1], grad[:, 0]) * (knot / z.shape[1])[:, None]  # (T, K - 1, P)
+        z_grad = torch.empty_like(z)
+        steps = _steps(z, directions)
+        for rows, c, out in zip(z.split(steps), coefficients.split(steps), z_grad.split(steps), strict=True):
+            turn = _turn(rows, directions, knots)
+            total = turn * c[:, -1, None]
+            for k in reversed(range(knots - 2)):
+                total.add_(c[:, k, None]).mul_(turn)
+            with torch.autocast(z.device.type, enabled=False):
+                out.copy_(total.real @ directions.T)
+        return z_grad.to(inputs[0].dtype), None, None
+
+
+def _turn(z: torch.Tensor, directions: torch.Tensor, knots: int) -> torch.Tensor:
+    """exp(i dt h) of the projections h, complex (t, B, P)."""
+    with torch.autocast(z.device.type, enabled=False):
+        angle = (z @ directions).mul_(LAST_KNOT / (knots - 1))
+    return torch.complex(angle.cos(), angle.sin_())
+
+
+def _steps(z: torch.Tensor, directions: torch.Tensor) -> int:
+    """How many time steps are projected at once."""
+    return max(1, _CHUNK // (z.shape[1] * directions.shape[1]))
+
+
+def _as_computed(z: torch.Tensor, directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    z = _at_least_float32(z)
+    return z, directions.to(z.dtype)
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _resolve(z: torch.Tensor, directions: torch.Tensor, knots: int, backend: str) -> str:
+    """Check the arguments of `sigreg` and say which backend computes it."""
+    for name, tensor in (("z", z), ("directions", directions)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+    if z.dim() != 3 or 0 in z.shape:
+        raise ValueError(f"z must have shape (T, B, D) without a zero, got {tuple(z.shape)}")
+    if directions.dim() != 2 or directions.shape[0] != z.shape[2] or directions.shape[1] == 0:
+        raise ValueError(
+            f"directions must have shape ({z.shape[2]}, P) with P at least 1, got {tuple(directions.shape)}"
+        )
+    if directions.device != z.device:
+        raise ValueError(f"directions must be on {z.device} like z, got {directions.device}")
+    if knots < 2:
+        raise ValueError(f"knots must be at least 2, got {knots}")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    if backend == "torch":
+        return backend
+    obstacle = None
+    if not z.is_cuda and not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        obstacle = f"z is on {z.device}, not on a CUDA device"
+    elif z.dtype == torch.float64:
+        obstacle = "z is float64"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "triton is not installed"
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend 'triton' cannot run here: {obstacle}")
+    return "torch" if obstacle else "triton"

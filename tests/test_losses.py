@@ -1,0 +1,216 @@
+"""The loss terms on the PyTorch path: exact in float64, frugal, and free of the global generator."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lewm.losses as losses
+from lewm.losses import characteristic_function, epps_pulley, prediction_loss, sigreg, sigreg_directions
+
+PARITY = Path(__file__).parent / "parity"
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 31, 17, 13), (4, 64, 32, 33)]
+
+
+def make(T, B, D, P, dtype=torch.float64):
+    z = 1.3 * torch.randn(T, B, D, dtype=dtype, generator=torch.Generator().manual_seed(T * B * D)) + 0.2
+    return z.requires_grad_(), sigreg_directions(D, P, seed=3, step=0, dtype=dtype)
+
+
+def gradient(function, z):
+    """(value, gradient) of function at z, in float64."""
+    z = z.detach().requires_grad_()
+    value = function(z)
+    (grad,) = torch.autograd.grad(value, z)
+    assert grad.dtype == z.dtype
+    return value.detach().double(), grad.double()
+
+
+@pytest.mark.parametrize("knots", [2, 3, 17])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poison")
+def test_float64_is_the_formula(shape, knots, naive_sigreg):
+    z, u = make(*shape)
+    value, grad = gradient(lambda z: sigreg(z, u, knots=knots), z)
+    want, want_grad = gradient(lambda z: naive_sigreg(z, u, knots), z)
+    torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_is_close_to_the_formula(shape, naive_sigreg):
+    z, u = make(*shape, dtype=torch.float32)
+    value, grad = gradient(lambda z: sigreg(z, u), z)
+    want, want_grad = gradient(lambda z: naive_sigreg(z, u), z.double())
+    assert abs(value - want) <= 1e-6 * want
+    assert (grad - want_grad).norm() <= 1e-5 * want_grad.norm()
+
+
+def test_gradient_is_that_of_finite_differences():
+    z, u = make(2, 5, 3, 4)
+    assert torch.autograd.gradcheck(lambda z: sigreg(z, u), z)
+    assert torch.autograd.gradcheck(lambda z: characteristic_function(z, u), z)
+
+
+# The official code keeps knots and weights in float32, so float64 agrees with it no better than this.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)], ids=str)
+def test_parity_with_the_official_code(dtype, tolerance, monkeypatch):
+    monkeypatch.syspath_prepend(str(PARITY))
+    sys.modules.pop("rule", None)
+    import rule
+
+    case, want = rule.inputs(1), np.load(PARITY / "expected_seed1.npz")
+    u = torch.from_numpy(case["sigreg_directions"])
+    u = (u / u.norm(dim=0)).to(dtype)
+    value, grad = gradient(lambda z: sigreg(z, u), torch.from_numpy(case["sigreg_z"]).to(dtype))
+    want_grad = torch.from_numpy(want["sigreg_grad"])
+    assert abs(value - float(want["sigreg"])) <= tolerance * float(want["sigreg"])
+    assert (grad - want_grad).norm() <= 10 * tolerance * want_grad.norm()
+
+
+def test_chunks_of_time_change_nothing(monkeypatch):
+    z, u = make(5, 7, 3, 11)
+    whole = gradient(lambda z: sigreg(z, u), z)
+    monkeypatch.setattr(losses, "_CHUNK", 2 * 7 * 11)
+    for got, want in zip(gradient(lambda z: sigreg(z, u), z), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_no_large_intermediate(monkeypatch):
+    T, B, D, P = 4, 64, 8, 256
+    monkeypatch.setattr(losses, "_CHUNK", B * P)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    z, u = make(T, B, D, P)
+    with Watch():
+        sigreg(z, u).backward()
+    assert 0 < largest <= max(B * P, T * 2 * 16 * P)  # a chunk of projections or the characteristic function
+
+
+def test_averaged_characteristic_functions_give_the_whole_batch():
+    z, u = make(2, 12, 5, 7)
+    averaged = sum(characteristic_function(part, u) for part in z.split(4, dim=1)) / 3
+    torch.testing.assert_close(epps_pulley(averaged, 12).mean(), sigreg(z, u), rtol=1e-12, atol=0)
+
+
+def test_strides_and_missing_gradients():
+    z, u = make(3, 8, 6, 5)
+    turned = z.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not turned.is_contiguous()
+    columns = u.T.contiguous().T
+    assert not columns.is_contiguous()
+    torch.testing.assert_close(sigreg(turned, columns), sigreg(z, u).detach())
+    assert not sigreg(z.detach(), u).requires_grad
+    u.requires_grad_()
+    sigreg(z, u).backward()
+    assert z.grad is not None
+    assert u.grad is None
+
+
+def test_bfloat16_is_computed_in_float32():
+    z, u = make(2, 16, 8, 12, dtype=torch.float32)
+    half = z.detach().bfloat16()
+    value, grad = gradient(lambda z: sigreg(z, u), half)
+    want, want_grad = gradient(lambda z: sigreg(z, u), half.float())
+    assert value == want
+    torch.testing.assert_close(grad, want_grad.bfloat16().double(), rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, inside_grad = gradient(lambda z: sigreg(z, u), half.float())
+    assert inside == want
+    assert torch.equal(inside_grad, want_grad)
+
+
+def test_reference_values():
+    batch, u = 128, sigreg_directions(16, 64, seed=0, step=0)
+    assert float(sigreg(torch.zeros(2, batch, 16), u)) / batch == pytest.approx(0.402, abs=5e-4)
+    for batch in (32, 256):
+        normal = torch.randn(200, batch, 16, generator=torch.Generator().manual_seed(batch))
+        assert float(sigreg(normal, u)) == pytest.approx(1.05, abs=0.05)
+
+
+def test_directions_are_keyed_and_leave_the_global_generator_alone():
+    before = torch.get_rng_state()
+    u = sigreg_directions(8, 5, seed=1, step=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert u.shape == (8, 5)
+    assert u.dtype == torch.float32
+    torch.testing.assert_close(u.norm(dim=0), torch.ones(5))
+    assert torch.equal(u, sigreg_directions(8, 5, seed=1, step=2))
+    assert not torch.allclose(u, sigreg_directions(8, 5, seed=2, step=1))
+    assert not torch.allclose(u, sigreg_directions(8, 5, seed=1, step=3))
+    torch.testing.assert_close(sigreg_directions(8, 5, seed=1, step=2, dtype=torch.float64).float(), u)
+
+
+def test_directions_are_uniform_on_the_sphere():
+    u = sigreg_directions(3, 20000, seed=0, step=0)
+    assert u.mean(1).abs().max() < 0.02
+    torch.testing.assert_close(u @ u.T / 20000, torch.eye(3) / 3, rtol=0, atol=0.01)
+
+
+def test_prediction_loss():
+    pred, target = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([[0.0, 4.0]], requires_grad=True)
+    loss = prediction_loss(pred, target)
+    assert float(loss.detach()) == 2.5
+    loss.backward()
+    assert torch.equal(pred.grad, torch.tensor([[1.0, -2.0]]))
+    assert torch.equal(target.grad, -pred.grad)
+    assert prediction_loss(pred.bfloat16(), target.bfloat16()).dtype == torch.float32
+    assert prediction_loss(pred.double(), target).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"\(1, 2\) and \(2,\)"):
+        prediction_loss(pred, target[0])
+
+
+Z, U = torch.zeros(2, 3, 4), torch.ones(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((Z[0], U), {}, ValueError, r"z must have shape \(T, B, D\).*got \(3, 4\)"),
+        ((Z[:, :0], U), {}, ValueError, r"z must have shape.*\(2, 0, 4\)"),
+        ((Z.int(), U), {}, TypeError, r"z must be floating, got torch.int32"),
+        ((Z, U.int()), {}, TypeError, r"directions must be floating"),
+        ((Z, U.T), {}, ValueError, r"directions must have shape \(4, P\).*got \(5, 4\)"),
+        ((Z, U[:, :0]), {}, ValueError, r"directions must have shape.*\(4, 0\)"),
+        ((Z, U.to("meta")), {}, ValueError, r"directions must be on cpu like z, got meta"),
+        ((Z, U), {"knots": 1}, ValueError, r"knots must be at least 2, got 1"),
+        ((Z, U), {"backend": "cuda"}, ValueError, r"backend must be 'auto', 'torch' or 'triton', got 'cuda'"),
+    ],
+)
+def test_bad_input(arguments, options, error, message):
+    for function in (sigreg, characteristic_function):
+        with pytest.raises(error, match=message):
+            function(*arguments, **options)
+
+
+def test_triton_that_cannot_run_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="cannot run here: z is on cpu"):
+        sigreg(Z, U, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="z is float64"):
+        sigreg(Z.double(), U, backend="triton")
+    monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        sigreg(Z, U, backend="triton")
+    assert torch.isfinite(sigreg(Z, U))
+
+
+@pytest.mark.parametrize("name", ["dim", "count", "seed", "step"])
+def test_bad_directions(name):
+    arguments = {"dim": 2, "count": 2, "seed": 0, "step": 0, name: -1}
+    with pytest.raises(ValueError, match=f"{name} must be at least .*, got -1"):
+        sigreg_directions(**arguments)
