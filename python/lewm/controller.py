@@ -1,0 +1,189 @@
+"""A planner inside a control loop: one picture in, one raw action out, everything else kept between calls."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lewm.planner import (
+    CEM,
+    Plan,
+    broadcast_goal,
+    check_frames,
+    encode,
+    encode_goal,
+    first,
+    integer,
+    like,
+    plan_latents,
+    planner_of,
+    to_numpy,
+)
+
+__all__ = ["Controller"]
+
+
+class Controller:
+    """Call it once per environment step with the newest picture; it answers with the next raw action.
+
+    It plans when the actions of its last plan are used up, once per ``execute * action_block`` calls. For a model
+    with a history it keeps the latents of the frames at the block boundaries and the blocks executed between them;
+    after a reset the history is short and grows, it is never padded. E environments in lockstep are controlled by
+    one controller when pictures are (E, H, W, 3).
+
+    Args:
+        model: what plans.
+        goal: a picture, latents, or one of either per environment, as in `lewm.plan`; encoded once.
+        planner: by default the one that the model file names, else ``CEM()``.
+        execute: blocks of each plan to execute before the next; by default all, as in the paper.
+        deadline_ms: per planning call, see `lewm.plan`.
+        seed: of the noise, see `lewm.plan`.
+        env_id: of the noise: an int (environments of a batch count up from it) or one per environment.
+        warm_start: start a search from the rest of the last plan, filled up with mean actions. Without effect when
+            whole plans are executed.
+
+    Attributes:
+        plan: the last `lewm.Plan`, None before the first.
+
+    Not thread-safe: a call during another one raises RuntimeError.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        goal: Any,
+        *,
+        planner: CEM | None = None,
+        execute: int | None = None,
+        deadline_ms: float | None = None,
+        seed: int = 0,
+        env_id: Any = 0,
+        warm_start: bool = True,
+    ) -> None:
+        self.model = model
+        self.planner = planner_of(model, planner)
+        horizon = self.planner.horizon
+        self.execute = horizon if execute is None else integer("execute", execute, 1, horizon + 1)
+        self.deadline_ms = deadline_ms
+        self.seed = seed
+        self.env_id = env_id
+        self.warm_start = warm_start
+        self._lock = threading.Lock()
+        self.reset(goal)
+
+    def reset(self, goal: Any = None) -> None:
+        """Forget everything, as if new; with a goal, steer to that one from now on."""
+        if goal is not None:
+            self._goal = encode_goal(self.model, goal)
+        self.plan: Plan | None = None
+        self._plans = 0
+        self._actions: np.ndarray | None = None  # (E, execute * block, A_raw) of the current plan
+        self._step = 0  # how many of them have been given out
+        self._mean: np.ndarray | None = None  # (E, H, A) of the current plan
+        self._latents: list[np.ndarray] = []  # of boundary frames, each (E, D), oldest first
+        self._blocks: list[np.ndarray] = []  # executed between them, each (E, A)
+        self._done: list[np.ndarray] = []  # raw actions executed of the current block, each (E, A_raw)
+
+    def __call__(self, obs: Any, executed: Any = None) -> Any:
+        """The next raw action.
+
+        Args:
+            obs: (H, W, 3) uint8 picture of now, or (E, H, W, 3).
+            executed: (A_raw,) or (E, A_raw) the raw action that was really executed since the last call, if it was
+                not the one given out. It enters the history; the plan under way goes on.
+
+        Returns:
+            (A_raw,) or (E, A_raw); a tensor if obs is one.
+
+        Raises:
+            TypeError, ValueError: as `lewm.plan`; or `executed` does not fit. The controller is then unchanged.
+            RuntimeError: another thread is inside a call.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this Controller is in use by another thread: give each thread a Controller of its own")
+        try:
+            return self._call(obs, executed)
+        finally:
+            self._lock.release()
+
+    def keep(self, mask: Any) -> None:
+        """Go on with some environments of a batch only: (E,) bool, True for those to keep."""
+        mask = np.asarray(mask, dtype=bool)
+        if self._actions is None or mask.shape != (len(self._actions),):
+            raise ValueError(f"mask must have one entry per environment that was controlled so far, got {mask.shape}")
+        self._goal = self._goal if len(self._goal) == 1 else self._goal[mask]
+        self.env_id = self._env_ids(len(mask))[mask]
+        self._actions, self._mean = self._actions[mask], self._mean[mask]
+        for kept in (self._latents, self._blocks, self._done):
+            kept[:] = [array[mask] for array in kept]
+
+    def _call(self, obs: Any, executed: Any) -> Any:
+        started = time.perf_counter()
+        frames = check_frames(obs, "obs", (0, 1))
+        single = frames.ndim == 3
+        frames = frames[None] if single else frames
+        environments = len(frames) if self._actions is None else len(self._actions)
+        if len(frames) != environments:
+            raise ValueError(f"obs must be of {environments} environments as in the last call, got {len(frames)}")
+
+        # The new state is built aside and kept at the end, so that a call that raises can be repeated.
+        latents, blocks, done = self._latents, self._blocks, self._done
+        if self._actions is not None:
+            done = [*done, self._executed(executed)]
+        elif executed is not None:
+            raise ValueError("executed must be None in the first call after a reset: nothing was executed yet")
+        if len(done) == self.model.config.action_block:
+            blocks, done = [*blocks, np.concatenate(done, axis=-1)], []
+
+        plan_now = self._actions is None or self._step == self._actions.shape[1]
+        if not done and (plan_now or self.model.config.history > 1):
+            latents = [*latents, encode(self.model, frames, "obs")][-self.model.config.history :]
+            blocks = blocks[len(blocks) - (len(latents) - 1) :]
+        if plan_now:
+            found = plan_latents(
+                self.model,
+                np.stack(latents, axis=1),
+                broadcast_goal(self._goal, environments),
+                self.planner,
+                past_blocks=np.stack(blocks, axis=1) if blocks else None,
+                seed=self.seed,
+                env_ids=self._env_ids(environments),
+                plan_index=self._plans,
+                init=self._first_mean(),
+                deadline_ms=self.deadline_ms,
+                started=started,
+            )
+            self._actions = found.actions[:, : self.execute * self.model.config.action_block]
+            self._mean, self._step, self._plans = found.mean, 0, self._plans + 1
+            found = first(found) if single else found
+            self.plan = replace(found, actions=like(obs, found.actions))
+        self._latents, self._blocks, self._done = latents, blocks, done
+        action = self._actions[:, self._step]
+        self._step += 1
+        return like(obs, action[0] if single else action)
+
+    def _executed(self, executed: Any) -> np.ndarray:
+        """(E, A_raw) the raw action of the last step, as told or as given out."""
+        given = self._actions[:, self._step - 1]
+        if executed is None:
+            return given
+        action = np.asarray(to_numpy(executed), dtype=np.float64)
+        if action.shape != given.shape and (len(given) > 1 or action.shape != given.shape[1:]):
+            raise ValueError(f"executed must be a raw action of shape {given.shape}, got {action.shape}")
+        if not np.isfinite(action).all():
+            raise ValueError("executed must be finite, got NaN or infinity")
+        return action.reshape(given.shape)
+
+    def _env_ids(self, environments: int) -> np.ndarray:
+        ids = np.asarray(self.env_id)
+        return ids + np.arange(environments) if ids.ndim == 0 else ids
+
+    def _first_mean(self) -> np.ndarray | None:
+        if self._mean is None or not self.warm_start:
+            return None
+        rest = self._mean[:, self.execute :]
+        return np.pad(rest, ((0, 0), (0, self.execute), (0, 0)))

@@ -1,0 +1,392 @@
+"""Planning: the cross-entropy method on a world model, from a picture of now and a picture of the goal.
+
+The sampling loop itself is `lewm._core.cem` (Rust). Here are its settings (`CEM`), the checks on what a user passes,
+and the one mapping between raw actions and the model's normalised blocks. NumPy only: torch is never imported.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from lewm._core import cem
+
+__all__ = ["CEM", "Plan", "plan"]
+
+
+@dataclass(frozen=True)
+class CEM:
+    """Settings of the cross-entropy method (paper section 3.2 and App. D; the defaults are the paper's).
+
+    By default candidates stay within the model's action bounds, the standard deviation has a floor, and the better of
+    the best candidate and the final mean is returned, with its own cost.
+
+    Args:
+        samples: candidates per iteration and environment.
+        iterations: rounds of sample, score, refit. A deadline may end them earlier.
+        elites: how many of the best candidates the next mean and standard deviation are fitted to.
+        horizon: length of a plan, in action blocks.
+        init_std: first standard deviation, in normalised action units.
+        min_std: floor of the standard deviation, in normalised action units. Unused with ``reference``.
+        reference: the official update exactly: no bounds, no floor, and the last mean is returned, unclipped.
+
+    Raises:
+        TypeError: a count is not an integer.
+        ValueError: a setting is out of range.
+    """
+
+    samples: int = 300
+    iterations: int = 30
+    elites: int = 30
+    horizon: int = 5
+    init_std: float = 1.0
+    min_std: float = 0.05
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        integer("horizon", self.horizon, 1)
+        integer("iterations", self.iterations, 1, 2**16)
+        integer("samples", self.samples, 2)
+        if integer("elites", self.elites) < 2:
+            raise ValueError(f"elites must be at least 2 (one sample has no standard deviation), got {self.elites}")
+        if self.elites > self.samples:
+            raise ValueError(f"elites must be at most samples ({self.samples}), got {self.elites}")
+        if not 0 < self.init_std < np.inf:
+            raise ValueError(f"init_std must be a positive number, got {self.init_std}")
+        if not 0 <= self.min_std < np.inf:
+            raise ValueError(f"min_std must be zero or a positive number, got {self.min_std}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the planner found. For a batch of environments every array has a leading axis E.
+
+    Attributes:
+        actions: (H * action_block, A_raw) raw actions in order of execution, in the model's float type.
+        cost: the plan's own cost, the sum over the embedding of the squared distance to the goal after H blocks;
+            with ``CEM(reference=True)`` the mean cost of the last elites, as the official code reports it.
+        latency_ms: wall time of the whole call in milliseconds, encoding included.
+        backend, precision: what ran the model.
+        deadline_hit: whether the deadline ended the search before all its iterations.
+        clipped: fraction of the candidates' entries that the action bounds moved.
+        iterations: iterations that were run.
+        trace: (iterations,) mean cost of the elites of each iteration; (iterations, E) for a batch.
+        mean: (H, A) final mean in normalised blocks; shifted, it is the ``init`` of the next plan.
+        imagined: (H + 1, D) latents of the plan, now first; only with ``return_rollout=True``.
+    """
+
+    actions: Any
+    cost: Any
+    latency_ms: float
+    backend: str
+    precision: str
+    deadline_hit: bool
+    clipped: Any
+    iterations: int
+    trace: np.ndarray
+    mean: np.ndarray
+    imagined: np.ndarray | None = None
+
+    @property
+    def action(self) -> Any:
+        """(A_raw,) the raw action to execute now; (E, A_raw) for a batch."""
+        return self.actions[..., 0, :]
+
+
+def plan(
+    obs: Any,
+    goal: Any,
+    *,
+    model: Any = None,
+    planner: CEM | None = None,
+    seed: int = 0,
+    env_ids: Any = None,
+    plan_index: int = 0,
+    past_actions: Any = None,
+    init: Any = None,
+    deadline_ms: float | None = None,
+    return_rollout: bool = False,
+) -> Plan:
+    """Find the actions that lead from `obs` to `goal`.
+
+    Args:
+        obs: (H, W, 3) uint8 picture of now, or (E, H, W, 3) of E environments. With `past_actions`, which say that
+            there is a history, obs carries it: the last T frames, one per block, oldest first, as (T, H, W, 3) or
+            (E, T, H, W, 3).
+        goal: a picture or a batch of them, or latents (D,) or (E, D) from ``model.encode``, which saves encoding them
+            again. One goal serves all environments.
+        model: what plans; by default the one set with ``lewm.use`` or LEWM_MODEL.
+        planner: by default the one that the model file names, else ``CEM()``.
+        seed: together with `env_ids` and `plan_index` it determines the noise, and nothing else does.
+        env_ids: (E,) an id below 2**32 per environment, by default 0, 1, ...: an environment gets the same noise alone
+            or in any batch.
+        plan_index: number of this plan within its episode, for fresh noise in each.
+        past_actions: raw actions executed between the T frames of obs, (T-1, block * A_raw) or (T-1, block, A_raw),
+            with a leading E where obs has one. They are given to the model as they are and never optimised.
+        init: warm start, the first mean in normalised blocks, (H, A) or (E, H, A); by default zeros, the mean action.
+        deadline_ms: return the best found so far after this time, counted from the call; one iteration always runs.
+        return_rollout: also give the imagined latents.
+
+    Returns:
+        The plan. If obs is a torch tensor, its actions are one on the same device.
+
+    Raises:
+        TypeError: the planner is not a `CEM`, or a count not an integer.
+        ValueError: pixels are not uint8, a shape, a batch or a number is not as described, or the model has no action
+            statistics.
+        RuntimeError: no model is given or set.
+    """
+    started = time.perf_counter()
+    if model is None:
+        from lewm.model import current
+
+        model = current()
+    planner = planner_of(model, planner)
+
+    has_history = past_actions is not None
+    frames = check_frames(obs, "obs", (1, 2) if has_history else (0, 1))
+    single = frames.ndim == (4 if has_history else 3)
+    frames = frames[None] if single else frames
+    frames = frames if has_history else frames[:, None]
+    environments, history = frames.shape[:2]
+    if history > model.config.history:
+        raise ValueError(f"obs has {history} frames of history, but this model's history is {model.config.history}")
+    blocks = _past_blocks(model, past_actions, environments, history, single) if has_history else None
+
+    found = plan_latents(
+        model,
+        encode(model, frames, "obs"),
+        broadcast_goal(encode_goal(model, goal), environments),
+        planner,
+        past_blocks=blocks,
+        seed=seed,
+        env_ids=env_ids,
+        plan_index=plan_index,
+        init=init,
+        deadline_ms=deadline_ms,
+        return_rollout=return_rollout,
+        started=started,
+    )
+    found = first(found) if single else found
+    return replace(found, actions=like(obs, found.actions))
+
+
+def plan_latents(
+    model: Any,
+    z: np.ndarray,
+    goal: np.ndarray,
+    planner: CEM,
+    *,
+    past_blocks: np.ndarray | None = None,
+    seed: int = 0,
+    env_ids: Any = None,
+    plan_index: int = 0,
+    init: Any = None,
+    deadline_ms: float | None = None,
+    return_rollout: bool = False,
+    started: float | None = None,
+) -> Plan:
+    """Plan from latents: what `plan` and `Controller` do once the pictures are encoded.
+
+    Args:
+        z: (E, T, D) latents of the last T frames. Their float type is the one that candidates are scored in.
+        goal: (E, D) latents.
+        past_blocks: (E, T-1, A) raw actions between the frames; None if T is 1.
+        started: ``time.perf_counter()`` at the start of the call, which latency and deadline count from.
+
+    Returns:
+        A plan whose arrays all have the leading axis E. The other arguments are those of `plan`.
+    """
+    started = time.perf_counter() if started is None else started
+    environments, history = z.shape[:2]
+    model.require_stats()
+    if deadline_ms is not None and not 0 < deadline_ms < np.inf:
+        raise ValueError(f"deadline_ms must be a positive number of milliseconds, got {deadline_ms}")
+    integer("seed", seed, 0, 2**64)
+    integer("plan_index", plan_index, 0, 2**32)
+    goal = goal.astype(z.dtype)
+    past = None if history == 1 else np.asarray(model.normalise(past_blocks), dtype=z.dtype)
+    mean = _first_mean(init, environments, planner.horizon, model.config.block_dim)
+    low, high = (None, None) if planner.reference else model.bounds()
+
+    found = cem(
+        lambda candidates: model.costs(z, goal, candidates, past_actions=past),
+        mean,
+        low=low,
+        high=high,
+        samples=planner.samples,
+        iterations=planner.iterations,
+        elites=planner.elites,
+        init_std=planner.init_std,
+        min_std=planner.min_std,
+        seed=seed,
+        env_ids=_env_ids(env_ids, environments),
+        plan=plan_index,
+        reference=planner.reference,
+        dtype=z.dtype.name,
+        # What encoding took has gone from the budget; even a spent one leaves the first iteration.
+        deadline=None if deadline_ms is None else max(deadline_ms / 1e3 - (time.perf_counter() - started), 0.0),
+    )
+    imagined = None
+    if return_rollout:
+        chosen = found["actions"][:, None].astype(z.dtype)
+        imagined = model.rollout(z, chosen, past_actions=past)[:, 0, history - 1 :]
+    return Plan(
+        actions=_raw_actions(model, found["actions"], z.dtype, bounded=not planner.reference),
+        cost=found["cost"],
+        latency_ms=(time.perf_counter() - started) * 1e3,
+        backend=model.backend,
+        precision=model.precision,
+        deadline_hit=found["deadline_hit"],
+        clipped=found["clipped"],
+        iterations=found["iterations"],
+        trace=found["trace"],
+        mean=found["mean"],
+        imagined=imagined,
+    )
+
+
+def first(found: Plan) -> Plan:
+    """The only environment of a plan for a batch of one, without the axis E."""
+    return replace(
+        found,
+        actions=found.actions[0],
+        cost=float(found.cost[0]),
+        clipped=float(found.clipped[0]),
+        trace=found.trace[:, 0],
+        mean=found.mean[0],
+        imagined=None if found.imagined is None else found.imagined[0],
+    )
+
+
+def planner_of(model: Any, planner: CEM | None) -> CEM:
+    """The planner asked for, else the one in the model's file, else the paper's."""
+    if planner is None:
+        return CEM(**model.meta.get("planner") or {})
+    if not isinstance(planner, CEM):
+        raise TypeError(f"planner must be a lewm.CEM, got {type(planner).__name__}")
+    return planner
+
+
+def integer(name: str, value: Any, low: int | None = None, end: int | None = None) -> int:
+    """`value` as an int within [low, end), or an exception that names it."""
+    wish = f"{name} must be an integer"
+    wish += "" if low is None else f" of at least {low}"
+    wish += "" if end is None else f" and below {end}"
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{wish}, got {value!r}") from None
+    if (low is not None and number < low) or (end is not None and number >= end):
+        raise ValueError(f"{wish}, got {value}")
+    return number
+
+
+def check_frames(value: Any, name: str, leading: tuple[int, ...]) -> np.ndarray:
+    """`value` as a NumPy array of uint8 pictures (..., H, W, 3) with one of the numbers of leading axes allowed."""
+    pixels = to_numpy(value)
+    if pixels.dtype != np.uint8:
+        hint = (
+            "; float pixels in [0, 1] must be multiplied by 255 and rounded first" if pixels.dtype.kind == "f" else ""
+        )
+        raise ValueError(f"{name} must be uint8 in [0, 255], got {pixels.dtype}{hint}")
+    axes = ("E", "T")[: max(leading)]
+    forms = " or ".join(f"({', '.join((*axes[len(axes) - n :], 'H', 'W', '3'))})" for n in leading)
+    wish = f"{name} must be of shape {forms}, got {pixels.shape}"
+    if pixels.ndim >= 3 and pixels.shape[-1] != 3 and pixels.shape[-3] == 3:
+        raise ValueError(f"{wish}, which looks like channels first: use np.moveaxis({name}, -3, -1)")
+    if pixels.ndim - 3 not in leading or pixels.shape[-1] != 3 or pixels.size == 0:
+        raise ValueError(wish)
+    return pixels
+
+
+def encode(model: Any, frames: np.ndarray, name: str) -> np.ndarray:
+    """(E, ..., D) latents of frames (E, ..., H, W, 3), checked to be finite."""
+    z = model.encode(frames, name=name)
+    if not np.isfinite(z).all():
+        bad = np.flatnonzero(~np.isfinite(z).reshape(len(z), -1).all(axis=1))
+        raise ValueError(f"the model's embedding of {name} is not finite for environments {bad.tolist()}")
+    return z
+
+
+def encode_goal(model: Any, goal: Any) -> np.ndarray:
+    """(1, D) or (E, D) latents of a goal: a picture or latents, one or one per environment."""
+    array, width = to_numpy(goal), model.config.embed_dim
+    if array.dtype.kind == "f" and array.ndim in (1, 2):
+        if array.shape[-1] != width or array.size == 0:
+            raise ValueError(f"goal latents must be of shape ({width},) or (E, {width}), got {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"goal latents must be finite, got {np.count_nonzero(~np.isfinite(array))} that are not")
+        return np.atleast_2d(array)
+    frames = check_frames(goal, "goal", (0, 1))
+    return encode(model, frames if frames.ndim == 4 else frames[None], "goal")
+
+
+def broadcast_goal(z: np.ndarray, environments: int) -> np.ndarray:
+    """(E, D) of the latents of one goal for all or one for each."""
+    if len(z) not in (1, environments):
+        raise ValueError(f"goal must be of 1 or {environments} environments, as obs is, got {len(z)}")
+    return np.repeat(z, environments // len(z), axis=0)
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A NumPy array of an array or a torch tensor on any device."""
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def like(obs: Any, array: np.ndarray) -> Any:
+    """`array` as a tensor on obs's device if obs is a torch tensor, else unchanged."""
+    return sys.modules["torch"].as_tensor(array, device=obs.device) if hasattr(obs, "detach") else array
+
+
+def _past_blocks(model: Any, past: Any, environments: int, history: int, single: bool) -> np.ndarray:
+    """(E, T-1, A) raw past actions as a model takes them, each block flat."""
+    raw, block = model.config.action_dim, model.config.action_block
+    array = np.asarray(to_numpy(past), dtype=np.float64)
+    lead = (history - 1,) if single else (environments, history - 1)
+    forms = ((*lead, block * raw), (*lead, block, raw))
+    if array.shape not in forms:
+        raise ValueError(
+            f"past_actions must be of shape {forms[0]} or {forms[1]}, the raw actions between the {history} frames "
+            f"of obs, got {array.shape}"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError("past_actions must be finite, got NaN or infinity")
+    return array.reshape(environments, history - 1, block * raw)
+
+
+def _first_mean(init: Any, environments: int, horizon: int, width: int) -> np.ndarray:
+    shape = (environments, horizon, width)
+    if init is None:
+        return np.zeros(shape)
+    mean = np.asarray(to_numpy(init), dtype=np.float64)
+    if mean.shape not in (shape, shape[1:]):
+        raise ValueError(f"init must be of shape {shape[1:]} or {shape}, in normalised blocks, got {mean.shape}")
+    if not np.isfinite(mean).all():
+        raise ValueError("init must be finite, got NaN or infinity")
+    return np.ascontiguousarray(np.broadcast_to(mean, shape))
+
+
+def _env_ids(env_ids: Any, environments: int) -> np.ndarray:
+    ids = np.atleast_1d(np.arange(environments) if env_ids is None else to_numpy(env_ids))
+    if ids.dtype.kind not in "iu" or ids.shape != (environments,) or ids.min() < 0 or ids.max() >= 2**32:
+        raise ValueError(f"env_ids must be {environments} integers in [0, 2**32), one per environment, got {env_ids!r}")
+    return ids.astype(np.uint32)
+
+
+def _raw_actions(model: Any, blocks: np.ndarray, dtype: np.dtype, *, bounded: bool) -> np.ndarray:
+    """(E, H * block, A_raw) raw actions of (E, H, A) normalised blocks; if bounded, never outside low and high."""
+    raw = np.asarray(model.denormalise(blocks), dtype=np.float64)
+    raw = raw.reshape(len(blocks), -1, model.config.action_dim)
+    if not bounded:
+        return raw.astype(dtype)
+    low, high = (np.asarray(model.stats[bound], dtype=np.float64) for bound in ("low", "high"))
+    raw = np.clip(raw, low, high).astype(dtype)
+    # Rounding to float32 may step over a bound that float32 cannot hold: one step back inside.
+    raw = np.where(raw < low, np.nextafter(raw, dtype.type(np.inf)), raw)
+    return np.where(raw > high, np.nextafter(raw, dtype.type(-np.inf)), raw)
