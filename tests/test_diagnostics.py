@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+
+from lewm.diagnostics import distance_correlation, effective_rank, probe_r2
+
+
+def test_effective_rank_counts_directions():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(4000, 16))
+    assert effective_rank(z) == pytest.approx(16, rel=0.02)
+    assert effective_rank(z @ np.diag([1.0] * 4 + [0.0] * 12)) == pytest.approx(4, rel=0.02)
+    assert effective_rank(np.ones((10, 5))) == 1.0
+
+
+def test_probe_r2_sees_linear_states_and_nothing_in_noise():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(600, 8)) * [1, 10, 0.1, 1, 1, 1, 1, 0]
+    y = z @ rng.normal(size=(8, 2)) + [5, -300]
+    assert probe_r2(z[:300], y[:300], z[300:], y[300:]) > 0.999
+    noise = rng.normal(size=(600, 2))
+    assert probe_r2(z[:300], noise[:300], z[300:], noise[300:]) < 0.05
+    constant = np.c_[y, np.full(600, 3.0)]
+    assert probe_r2(z[:300], constant[:300], z[300:], constant[300:]) > 0.999
+    assert np.isnan(probe_r2(z[:300], constant[:300, 2:], z[300:], constant[300:, 2:]))
+
+
+def test_distance_correlation_is_one_for_an_isometry_and_ignores_far_pairs():
+    rng = np.random.default_rng(0)
+    y = rng.uniform(0, 200, (500, 2))
+    rotation = np.linalg.qr(rng.normal(size=(2, 2)))[0]
+    assert distance_correlation(y @ rotation, y, rng) == pytest.approx(1, abs=1e-9)
+    folded = np.abs(y - 100)  # near neighbours stay neighbours, far pairs come together
+    assert 0.4 < distance_correlation(folded, y, rng) < 1
+    assert abs(distance_correlation(rng.normal(size=(500, 4)), y, rng)) < 0.1
+    assert np.isnan(distance_correlation(np.zeros((500, 4)), y, rng))

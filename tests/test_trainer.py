@@ -1,0 +1,236 @@
+"""Training: the losses fall, a resumed run is the same run, and what goes wrong is said."""
+
+import csv
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import lewm
+from lewm import trainer
+from lewm._core import StoreWriter
+
+# The smallest network that still has every part.
+TINY = {"encoder_dim": 16, "encoder_mlp": 32, "encoder_depth": 1, "predictor_dim": 16, "predictor_mlp": 32,
+        "predictor_depth": 1, "projector_hidden": 32, "embed_dim": 8, "action_hidden": 16, "batch_size": 16,
+        "directions": 32, "image_size": 16, "patch_size": 8}  # fmt: skip
+
+
+def write_store(path, episodes=10, length=40, seed=0, size=16, action=None):
+    """A square that moves by its actions."""
+    rng = np.random.default_rng(seed)
+    metadata = {"action_low": [-1, -1], "action_high": [1, 1], "env_id": "square"}
+    with StoreWriter(
+        str(path), height=size, width=size, action_dim=2, columns={"state": 2}, metadata=json.dumps(metadata)
+    ) as writer:
+        for _ in range(episodes):
+            actions = rng.uniform(-1, 1, (length - 1, 2)).astype(np.float32) if action is None else action(length - 1)
+            state = np.cumsum(np.concatenate([rng.uniform(4, 12, (1, 2)), actions]), 0) % (size - 4)
+            frames = np.zeros((length, size, size, 3), np.uint8)
+            for frame, (x, y) in zip(frames, state.astype(int), strict=True):
+                frame[y : y + 4, x : x + 4] = (255, 80, 20)
+            writer.append(frames, actions, {"state": state})
+    return lewm.Dataset(path)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("store") / "square.lewm")
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_learns_and_leaves_its_files(store, tmp_path):
+    seen = []
+    model = lewm.train(
+        store, preset="tiny", out=tmp_path / "run", steps=120, device="cpu", checkpoint_every=60,
+        progress=lambda done, total, metrics: seen.append((done, total, metrics.get("loss"))), **TINY,
+    )  # fmt: skip
+    table = rows(tmp_path / "run")
+    first, last = table[0], table[-1]
+    assert float(last["loss"]) < float(first["loss"])
+    assert [s[0] for s in seen] == list(range(1, 121))
+    assert seen[-1][1] == 120
+    assert int(last["step"]) == 120
+    for name in ("validation_prediction", "probe_r2", "distance_correlation"):
+        assert np.isfinite(float(last[name])), name
+    for name in ("sigreg_per_sample", "embedding_std", "effective_rank", "learning_rate", "gradient_norm"):
+        assert float(last[name]) >= 0, name
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    loaded = lewm.load(tmp_path / "run", device="cpu")
+    assert loaded.hash() == model.hash()
+    training = loaded.meta["training"]
+    assert training["steps"] == 120
+    train_episodes, validation = store.split(0.1, 0)
+    assert training["validation_episodes"] == list(validation)
+    assert not set(train_episodes) & set(validation)
+    assert loaded.meta["data"]["fingerprint"] == store.fingerprint()
+    np.testing.assert_allclose(loaded.stats["mean"], store.action_statistics(train_episodes)["mean"])
+
+
+def test_eval_mode_agrees_with_batch_statistics_after_the_precise_pass(store, tmp_path):
+    """The released recipe's running statistics can inflate the eval-mode loss hundreds of times."""
+    model = lewm.train(store, preset="tiny", out=tmp_path / "run", steps=60, device="cpu", **TINY)
+    index = store.windows(range(len(store)), 4, 5)[::3]
+    frames, actions = store.batch(index, 4, 5)
+    blocks = torch.from_numpy(model.normalise(actions)).float()
+
+    def loss():
+        z = model.network.encode(torch.from_numpy(frames))
+        embedded = model.network.action_encoder(blocks)
+        predicted = model.network.predict(z[:, :-1].reshape(-1, 1, 8), embedded.reshape(-1, 1, 8))
+        return (predicted.view(z[:, 1:].shape) - z[:, 1:]).square().mean().item()
+
+    with torch.no_grad():
+        running = loss()
+        model.network.train()
+        assert running == pytest.approx(loss(), rel=0.1)
+
+
+def strip(row):
+    return {k: v for k, v in row.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_is_the_same_run(store, tmp_path, dropout):
+    settings = {**TINY, "steps": 60, "dropout": dropout, "history": 2}
+    arguments = {"preset": "tiny", "device": "cpu", "checkpoint_every": 20, "seed": 3}
+    whole = lewm.train(store, out=tmp_path / "whole", **arguments, **settings)
+
+    def interrupt(done, total, metrics):
+        if done == 47:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lewm.train(store, out=tmp_path / "cut", progress=interrupt, **arguments, **settings)
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    torch.manual_seed(12345)  # whatever else the process did
+    resumed = lewm.train(store, out=tmp_path / "cut", resume=True, **arguments, **settings)
+    assert resumed.hash() == whole.hash()
+    assert [strip(r) for r in rows(tmp_path / "cut")] == [strip(r) for r in rows(tmp_path / "whole")]
+
+
+def test_a_run_killed_after_a_checkpoint_resumes_from_it(store, tmp_path):
+    """Rows logged after the last checkpoint are written again, not twice."""
+    settings = {**TINY, "steps": 80}
+    arguments = {"preset": "tiny", "device": "cpu", "checkpoint_every": 30, "seed": 1}
+    whole = lewm.train(store, out=tmp_path / "whole", **arguments, **settings)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done, total, metrics):
+        if done == 45:
+            raise Killed
+
+    with pytest.raises(Killed):
+        lewm.train(store, out=tmp_path / "cut", progress=kill, **arguments, **settings)
+    assert [r["step"] for r in rows(tmp_path / "cut")] == ["1", "20", "30", "40"]
+    resumed = lewm.train(store, out=tmp_path / "cut", resume=True, **arguments, **settings)
+    assert resumed.hash() == whole.hash()
+    assert [strip(r) for r in rows(tmp_path / "cut")] == [strip(r) for r in rows(tmp_path / "whole")]
+
+
+def test_training_leaves_the_global_generators_alone(store, tmp_path):
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002 (the legacy global state is what must not move)
+    want = torch.rand(3), np.random.rand(3)  # noqa: NPY002
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    lewm.train(store, preset="tiny", out=tmp_path / "run", steps=3, device="cpu", **{**TINY, "dropout": 0.1})
+    assert torch.equal(torch.rand(3), want[0])
+    np.testing.assert_array_equal(np.random.rand(3), want[1])  # noqa: NPY002
+
+
+def test_resume_refuses_another_run(store, tmp_path):
+    arguments = {"preset": "tiny", "out": tmp_path / "run", "device": "cpu"}
+    lewm.train(store, steps=5, **arguments, **TINY)
+    with pytest.raises(ValueError, match="out must be a new or empty folder"):
+        lewm.train(store, steps=5, **arguments, **TINY)
+    with pytest.raises(ValueError, match="made with train learning_rate = 0.001, not 0.01"):
+        lewm.train(store, steps=5, resume=True, learning_rate=0.01, **arguments, **TINY)
+    other = write_store(tmp_path / "other.lewm", seed=1)
+    with pytest.raises(ValueError, match="made with fingerprint"):
+        lewm.train(other, steps=5, resume=True, **arguments, **TINY)
+    with pytest.raises(FileNotFoundError, match="run to resume"):
+        lewm.train(store, preset="tiny", out=tmp_path / "none", resume=True, device="cpu", steps=5, **TINY)
+    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="run to resume"):
+        lewm.train(store, steps=5, resume=True, **arguments, **TINY)
+
+
+def test_collapse_is_warned_of_within_200_steps(store, tmp_path):
+    with pytest.warns(trainer.CollapseWarning, match="latents are collapsing.*Raise sigreg_weight") as caught:
+        lewm.train(store, preset="tiny", out=tmp_path / "run", steps=200, device="cpu", sigreg_weight=0.0, **TINY)
+    assert len([w for w in caught if w.category is trainer.CollapseWarning]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", trainer.CollapseWarning)
+        lewm.train(store, preset="tiny", out=tmp_path / "healthy", steps=160, device="cpu", sigreg_weight=0.1, **TINY)
+
+
+def test_bad_data_is_refused_before_anything_is_written(tmp_path):
+    constant = write_store(tmp_path / "c.lewm", action=lambda n: np.full((n, 2), 0.5, np.float32) * [1, 0])
+    short = write_store(tmp_path / "s.lewm", length=10)
+    few = write_store(tmp_path / "f.lewm", episodes=2, length=17)
+    for data, text in (
+        (constant, "constant"),
+        (short, "long enough|at least 16 frames|16"),
+        (few, "at least batch_size = 16 training windows"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            lewm.train(data, preset="tiny", out=tmp_path / "run", steps=5, device="cpu", **TINY)
+    with pytest.raises(ValueError, match="frames must exceed history 4"):
+        lewm.train(constant, preset="tiny", out=tmp_path / "run", history=4, device="cpu", **TINY)
+    with pytest.raises(TypeError, match="is no setting of model or training"):
+        lewm.train(constant, preset="tiny", out=tmp_path / "run", lr=1e-3, device="cpu")
+    with pytest.raises(ValueError, match="seed must be"):
+        lewm.train(constant, preset="tiny", out=tmp_path / "run", seed=-1, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_frames_of_another_size_are_resized(store, tmp_path):
+    model = lewm.train(
+        write_store(tmp_path / "large.lewm", size=32),
+        preset="tiny",
+        out=tmp_path / "run",
+        steps=3,
+        device="cpu",
+        **TINY,
+    )
+    assert model.config.image_size == 16
+
+
+@pytest.mark.parametrize(("schedule", "end"), [(1.0, 0.0), (10.0, 0.97)])
+def test_the_learning_rate_warms_up_and_follows_its_cosine(store, tmp_path, schedule, end):
+    run = trainer._Run(
+        store, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 100, "warmup": 0.1, "schedule": schedule}),
+        tmp_path / "run", 0, "cpu", False,
+    )  # fmt: skip
+    rates = [run._learning_rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == pytest.approx(1e-3)
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[100] / 1e-3 == pytest.approx(end, abs=0.02)
+
+
+def test_every_epoch_is_a_permutation_of_the_windows(store, tmp_path):
+    run = trainer._Run(
+        store, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 40}), tmp_path / "run", 0, "cpu", False
+    )
+    seen = []
+    run._read = lambda windows: seen.append(windows)
+    for _ in run._batches(0):
+        pass
+    assert len(seen) == 40
+    epoch = np.concatenate(seen[: run.per_epoch])
+    assert len(np.unique(epoch, axis=0)) == run.per_epoch * 16
+    resumed, seen[:] = seen.copy(), []
+    for _ in run._batches(25):
+        pass
+    np.testing.assert_array_equal(np.stack(seen), np.stack(resumed[25:]))
