@@ -1,0 +1,40 @@
+"""The CEM loop's own work (noise, candidates, elites, refit) against the same in PyTorch; the cost is free."""
+
+import numpy as np
+import torch
+from common import compare
+
+from lewm._core import cem
+
+SAMPLES, ITERATIONS, ELITES, HORIZON, WIDTH = 300, 30, 30, 5, 10
+
+
+def test_bookkeeping_of_a_paper_size_plan(benchmark):
+    score = np.random.default_rng(0).random((1, SAMPLES))
+
+    def ours():
+        return cem(
+            lambda candidates: score[:, : candidates.shape[1]],
+            np.zeros((1, HORIZON, WIDTH)),
+            samples=SAMPLES,
+            iterations=ITERATIONS,
+            elites=ELITES,
+        )
+
+    costs = torch.from_numpy(score)
+
+    def reference():
+        """What the peers' loop does each iteration, for one environment, their host sync included."""
+        mean, std = torch.zeros(1, HORIZON, WIDTH), torch.ones(1, HORIZON, WIDTH)
+        for _ in range(ITERATIONS):
+            candidates = torch.randn(1, SAMPLES, HORIZON, WIDTH) * std[:, None] + mean[:, None]
+            candidates[:, 0] = mean
+            values, index = torch.topk(costs, ELITES, dim=1, largest=False)
+            elites = candidates[torch.arange(1)[:, None], index]
+            mean, std = elites.mean(1), elites.std(1)
+            values.mean(1).tolist()
+        return mean
+
+    compare(
+        benchmark, ours, reference, shape=f"E1 S{SAMPLES} I{ITERATIONS} H{HORIZON} A{WIDTH}", torch=torch.__version__
+    )

@@ -1,0 +1,261 @@
+"""One CUDA machine in a few minutes: does it agree with the official numbers, and how fast is it?
+
+    python -m benches.gpu [--out benches/results/NAME.jsonl] [--quick]
+
+Checks parity in float32 and says what bfloat16 gives, then times SIGReg beside its reference, whole plans and training
+steps, in one process. Writes one JSON row per measurement, with device, driver and versions. It needs no network.
+`--quick` shrinks everything to a check that the script runs (on a CPU too).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lewm
+from lewm.config import configure
+from lewm.losses import prediction_loss, sigreg, sigreg_directions
+from lewm.network import LeWM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests" / "parity"), str(ROOT / "benches")]
+import rule  # noqa: E402
+from bench_sigreg import official  # noqa: E402
+
+STATS = {"mean": [0.0, 0.0], "std": [0.5, 0.5], "low": [-1.0, -1.0], "high": [1.0, 1.0]}
+# Multiply-adds of one frame through encoder and projector, and of one token through predictor and pred_proj, times 2.
+ENCODE_FLOP, PREDICT_FLOP = 3.40e9, 2 * (6 * (1_572_864 + 221_184) + 786_432)
+
+
+class Rows:
+    """The rows measured so far, printed as they come."""
+
+    def __init__(self, device: str) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.device = device
+        self.common = {
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "driver": _driver() if device == "cuda" else None,
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "lewm": lewm.__version__,
+        }
+
+    def add(self, name: str, **values: Any) -> None:
+        self.rows.append({"name": name, **values, **self.common})
+        print(json.dumps({"name": name, **values}), flush=True)
+
+    def timed(self, run: Callable[[], Any], rounds: int) -> dict[str, float]:
+        """p50 and p95 in milliseconds of wall time, the device idle before and after."""
+        run()
+        run()
+        times = []
+        for _ in range(rounds):
+            self.wait()
+            start = time.perf_counter()
+            run()
+            self.wait()
+            times.append(1e3 * (time.perf_counter() - start))
+        return {"p50_ms": round(statistics.median(times), 3), "p95_ms": round(float(np.percentile(times, 95)), 3)}
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def peak(self, row: dict[str, Any]) -> Any:
+        """Adds the peak of device memory above what was held before, in MB."""
+        if self.device == "cuda":
+            self.wait()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        if self.device == "cuda":
+            self.wait()
+            row["peak_mb"] = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
+def parity(rows: Rows) -> None:
+    """Encoder, predictor and rollout against the committed case."""
+    x, want = rule.inputs(1), np.load(ROOT / "tests" / "parity" / "expected_seed1.npz")
+    for precision in ("float32", "bfloat16"):
+        model = lewm.Model.from_state_dict(rule.weights(1), stats=STATS, precision=precision, device=rows.device)
+        z = model.encode(x["obs"])
+        rollout = model.rollout(z, x["candidates"])
+        costs = model.costs(z, model.encode(x["goal"])[:, 0], x["candidates"])
+        errors = {
+            name: float(np.linalg.norm(got - want[name]) / np.linalg.norm(want[name]))
+            for name, got in (("eval_emb", model.encode(x["pixels"])), ("rollout", rollout), ("costs", costs))
+        }
+        rank = np.argsort(np.argsort(costs[0])), np.argsort(np.argsort(want["costs"][0]))
+        errors["spearman"] = float(np.corrcoef(*rank)[0, 1])
+        rows.add(f"parity {precision}", **{k: float(f"{v:.6g}") for k, v in errors.items()})
+        if precision == "float32" and max(errors["eval_emb"] / 1e-5, errors["rollout"] / 1e-4) > 1:
+            raise SystemExit(f"parity fails on this device, nothing is timed: {errors}")
+
+
+def regulariser(rows: Rows, quick: bool) -> None:
+    """SIGReg forward and backward, fused against the official formula in eager PyTorch."""
+    steps, batch, dim, count = (2, 8, 16, 32) if quick else (4, 128, 192, 1024)
+    torch.manual_seed(0)
+    z = torch.randn(steps, batch, dim, device=rows.device, requires_grad=True)
+    directions = sigreg_directions(dim, count, seed=0, step=0, device=rows.device)
+
+    def run(statistic: Callable[..., Any], values: Any = z, along: Any = directions) -> Any:
+        values.grad = None
+        statistic(values, along).backward()
+        return values.grad
+
+    exact = z.detach().double().requires_grad_()
+    want = run(_official_on_device, exact, directions.double())
+    for name, statistic in (("fused", sigreg), ("official eager", _official_on_device)):
+        row: dict[str, Any] = {"shape": f"T{steps} B{batch} D{dim} P{count} K17"}
+        row["gradient_error"] = float(f"{((run(statistic) - want).norm() / want.norm()).item():.3g}")
+        z.grad = None
+        with rows.peak(row):
+            run(statistic)
+        rows.add(
+            f"sigreg forward+backward, {name}", **row, **rows.timed(lambda s=statistic: run(s), 5 if quick else 50)
+        )
+
+
+def _official_on_device(z: Any, directions: Any) -> Any:
+    with torch.device(z.device):
+        return official(z, directions.to(z.dtype)) if z.dtype == torch.float32 else _official_double(z, directions)
+
+
+def _official_double(z: Any, directions: Any) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return official(z, directions)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def plans(rows: Rows, quick: bool) -> None:
+    """Whole plans, encode included and the goal given as latents: the Rust loop driving the PyTorch rollout."""
+    for preset, planner in (("paper", lewm.CEM()), ("tiny", lewm.CEM(samples=100, iterations=10, elites=10))):
+        planner = lewm.CEM(samples=8, iterations=2, elites=2) if quick else planner
+        weights = rule.weights(1) if preset == "paper" else None
+        for precision in ("float32", "bfloat16"):
+            if weights is None:
+                config, _ = configure(preset, 2, {})
+                network = LeWM(config)
+                model = lewm.Model(config, network.state_dict(), stats=STATS, precision=precision, device=rows.device)
+            else:
+                model = lewm.Model.from_state_dict(weights, stats=STATS, precision=precision, device=rows.device)
+            size = model.config.image_size
+            frames = np.random.default_rng(0).integers(0, 256, (50, size, size, 3), np.uint8)
+            goals = model.encode(frames[::-1].copy())
+            for environments in (1,) if quick else (1, 50):
+                obs = frames[:environments] if environments > 1 else frames[0]
+                goal = goals[:environments] if environments > 1 else goals[0]
+                rounds = 2 if quick else 20 if environments == 1 else 5
+                times = rows.timed(
+                    lambda m=model, p=planner, o=obs, g=goal: lewm.plan(o, g, model=m, planner=p), rounds
+                )
+                rows.add(
+                    f"plan {preset} {planner.samples}x{planner.iterations}",
+                    precision=precision,
+                    environments=environments,
+                    per_plan_ms=round(times["p50_ms"] / environments, 3),
+                    **times,
+                )
+
+
+def steps(rows: Rows, quick: bool) -> None:
+    """Training steps on random pictures that are already on the device: forward, backward, clip, AdamW."""
+    for preset in ("tiny",) if quick else ("paper", "small", "tiny"):
+        config, settings = configure(preset, 2, {})
+        torch.manual_seed(0)
+        network = LeWM(config).to(rows.device).train()
+        optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
+        batch = settings.batch_size
+        frames = torch.randint(
+            0, 256, (batch, 4, config.image_size, config.image_size, 3), dtype=torch.uint8, device=rows.device
+        )
+        actions = torch.randn(batch, 3, config.block_dim, device=rows.device)
+        history = config.history
+        directions = sigreg_directions(config.embed_dim, settings.directions, seed=0, step=0, device=rows.device)
+
+        def step(network=network, optimiser=optimiser, frames=frames, actions=actions, history=history, u=directions):
+            with torch.autocast(rows.device, torch.bfloat16):
+                z = network.encode(frames)
+                context, condition, target = (
+                    t.unfold(1, history, 1).transpose(2, 3).flatten(0, 1)
+                    for t in (z[:, :-1], network.action_encoder(actions), z[:, 1:])
+                )
+                predicted = network.predict(context, condition)
+            loss = prediction_loss(predicted.float(), target.float()) + 0.09 * sigreg(z.float().transpose(0, 1), u)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+        row: dict[str, Any] = {"batch": batch}
+        step()
+        with rows.peak(row):
+            step()
+        times = rows.timed(step, 2 if quick else 20)
+        row["frames_per_s"] = round(4e3 * batch / times["p50_ms"])
+        if preset == "paper":  # three passes' worth: forward once, backward twice
+            flop = 3 * batch * (4 * ENCODE_FLOP + 3 * PREDICT_FLOP)
+            row["tflop_per_s"] = round(flop / times["p50_ms"] / 1e9, 1)
+        rows.add(f"training step {preset} bfloat16", **row, **times)
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(module: str) -> str | None:
+    with contextlib.suppress(ImportError):
+        return __import__(module).__version__
+    return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs every measurement and writes the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON lines to write")
+    parser.add_argument("--quick", action="store_true", help="only check that everything runs")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.quick:
+        parser.error("no CUDA device; --quick runs a small check on the CPU")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    rows = Rows(device)
+    if not options.quick:
+        parity(rows)
+    regulariser(rows, options.quick)
+    plans(rows, options.quick)
+    steps(rows, options.quick)
+    if options.out:
+        text = io.StringIO()
+        for row in rows.rows:
+            text.write(json.dumps(row) + "\n")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text.getvalue())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""lewm-fast: LeWorldModel with a Rust core and Triton kernels. Train from pixels, plan inside a control loop.
+
+Importing this module imports neither torch nor triton: every name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lewm import envs
+from lewm._core import StoreError, __version__
+
+if TYPE_CHECKING:
+    from lewm.collector import collect
+    from lewm.config import PRESETS, ModelConfig, TrainConfig
+    from lewm.controller import Controller
+    from lewm.data import Dataset
+    from lewm.evaluation import PROTOCOLS, evaluate
+    from lewm.model import Model, load, use
+    from lewm.planner import CEM, Plan, plan
+    from lewm.trainer import train
+
+_HOME = {
+    "collect": "collector",
+    "PRESETS": "config",
+    "ModelConfig": "config",
+    "TrainConfig": "config",
+    "Controller": "controller",
+    "Dataset": "data",
+    "PROTOCOLS": "evaluation",
+    "evaluate": "evaluation",
+    "Model": "model",
+    "load": "model",
+    "use": "model",
+    "CEM": "planner",
+    "Plan": "planner",
+    "plan": "planner",
+    "train": "trainer",
+}
+
+__all__ = [
+    "CEM",
+    "PRESETS",
+    "PROTOCOLS",
+    "Controller",
+    "Dataset",
+    "Model",
+    "ModelConfig",
+    "Plan",
+    "StoreError",
+    "TrainConfig",
+    "__version__",
+    "collect",
+    "evaluate",
+    "load",
+    "plan",
+    "train",
+    "use",
+]
+
+
+# gymnasium looks up ids in its own registry and loads no plugins: importing lewm is what makes lewm/TwoRoom-v0 known.
+envs.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lewm' has no attribute {name!r}")
+    value = getattr(import_module(f"lewm.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,195 @@
+"""The `lewm` command: the functions of the package, by the same names, with progress bars."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+_Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+
+@app.command()
+def collect(
+    env: Annotated[str, typer.Argument(help="Environment id, as lewm/TwoRoom-v0.")],
+    path: Annotated[Path, typer.Argument(help="Store to write, as two-room.lewm.")],
+    episodes: Annotated[int, typer.Option(help="Episodes the store shall hold.")] = 300,
+    size: Annotated[int, typer.Option(help="Side of a frame, in pixels.")] = 64,
+    seed: _Seed = 0,
+    policy: Annotated[str, typer.Option(help="expert or random.")] = "expert",
+    max_steps: Annotated[int, typer.Option(help="Steps per episode at most.")] = 100,
+) -> None:
+    """Collect episodes into a store. Run again after an interruption, it makes the missing ones."""
+    from lewm.collector import collect
+    from lewm.progress import Bar
+
+    with Bar("episodes") as bar:
+        data = collect(
+            env, path, episodes=episodes, size=size, seed=seed, policy=policy, max_steps=max_steps, progress=bar.collect
+        )
+    typer.echo(f"{path}: {len(data)} episodes, {int(data.lengths.sum())} frames, fingerprint {data.fingerprint()[:12]}")
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Store to learn from.")],
+    preset: Annotated[str, typer.Option(help="paper, small or tiny.")] = "paper",
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/PRESET-SEED by default.")] = None,
+    seed: _Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    device: Annotated[str | None, typer.Option(help="Torch device; CUDA where there is one by default.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of model or training.")
+    ] = None,
+) -> None:
+    """Train a world model. Ctrl-C leaves a run that --resume continues, with the same losses."""
+    from lewm.progress import Bar
+    from lewm.trainer import train
+
+    out = out or Path(f"runs/{preset}-{seed}")
+    try:
+        with Bar("steps") as bar:
+            model = train(
+                data,
+                preset=preset,
+                out=out,
+                seed=seed,
+                resume=resume,
+                device=device,
+                progress=bar.train,
+                **_settings(setting or []),
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; the same command with --resume goes on from {out}/checkpoint.safetensors", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{out}/model.safetensors\n{model.describe()}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Model file or run folder.")],
+    protocol: Annotated[str, typer.Option(help="Named protocol.")] = "two-room-25-50",
+    pairs: Annotated[int | None, typer.Option(help="Start and goal pairs; the protocol's by default.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Take pairs from the held-out episodes of this store.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result JSON to write.")] = None,
+    seed: _Seed = 0,
+    planner: Annotated[
+        list[str] | None, typer.Option("--planner", metavar="NAME=VALUE", help="A planner setting, as samples=300.")
+    ] = None,
+) -> None:
+    """Success rate with its interval, beside the random floor, on held-out pairs."""
+    from lewm.evaluation import evaluate
+    from lewm.model import load
+    from lewm.progress import Bar
+
+    loaded = load(model)
+    with Bar("pairs") as bar:
+        result = evaluate(
+            loaded,
+            protocol,
+            pairs=pairs,
+            data=data,
+            out=out,
+            seed=seed,
+            planner=_planner(loaded, planner),
+            progress=bar.count,
+        )
+    typer.echo(str(result))
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="Model file or run folder.")],
+    obs: Annotated[Path, typer.Argument(help="Picture of now.")],
+    goal: Annotated[Path, typer.Argument(help="Picture of the goal.")],
+    seed: _Seed = 0,
+    planner: Annotated[
+        list[str] | None, typer.Option("--planner", metavar="NAME=VALUE", help="A planner setting, as samples=300.")
+    ] = None,
+) -> None:
+    """Plan from one picture to another; prints JSON."""
+    import imageio.v3 as imageio
+
+    from lewm.model import load
+    from lewm.planner import plan
+
+    loaded = load(model)
+    pictures = [imageio.imread(path)[..., :3] for path in (obs, goal)]
+    found = plan(*pictures, model=loaded, seed=seed, planner=_planner(loaded, planner))
+    answer = {
+        "action": found.action.tolist(),
+        "actions": found.actions.tolist(),
+        "cost": float(found.cost),
+        "latency_ms": round(found.latency_ms, 2),
+        "backend": found.backend,
+        "precision": found.precision,
+    }
+    typer.echo(json.dumps(answer))
+
+
+@app.command()
+def describe(model: Annotated[Path, typer.Argument(help="Model file or run folder.")]) -> None:
+    """What a model file holds: architecture, units, bounds, origin."""
+    from lewm.model import load
+
+    typer.echo(load(model).describe())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo in it is replaced.")] = Path("runs/demo"),
+    seed: _Seed = 0,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; the preset's by default.")] = None,
+) -> None:
+    """Collect, train, evaluate and draw TwoRoom on a CPU, in a few minutes."""
+    from lewm.demo import demo
+
+    demo(out, seed=seed, steps=steps)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from lewm import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """["steps=300"] -> {"steps": 300}; values are JSON where they parse as such, else text."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"a setting must be NAME=VALUE, got {pair!r}")
+        try:
+            settings[name] = json.loads(text)
+        except json.JSONDecodeError:
+            settings[name] = text
+    return settings
+
+
+def _planner(model: Any, pairs: list[str] | None) -> Any:
+    from lewm.planner import CEM
+
+    return CEM(**{**(model.meta.get("planner") or {}), **_settings(pairs)}) if pairs else None
+
+
+def main() -> None:
+    """Entry point: what a user got wrong is one line, not a traceback."""
+    from lewm import StoreError
+
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, StoreError) as error:
+        typer.secho("error: ", fg="red", err=True, nl=False)
+        typer.echo(error, err=True)
+        sys.exit(2)

@@ -1,0 +1,218 @@
+"""Pictures of a run: loss curves and latent space (`report.png`), one planned episode (`episode.gif`)."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import imageio.v3 as imageio
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lewm.data import Dataset
+from lewm.model import Model
+from lewm.pixels import resize_area
+from lewm.planner import CEM, plan
+
+_INK, _RED, _BLUE, _GREY = "#222222", "#c8402f", "#2b6ca3", "#999999"
+
+
+@dataclass
+class Episode:
+    """One planned episode, kept for drawing.
+
+    Attributes:
+        frames: (N, size, size, 3) uint8, the first before any action.
+        goal: (size, size, 3) uint8.
+        real: (N,) squared latent distance of each frame to the goal.
+        imagined: Per plan, (step it was made at, (H + 1,) squared latent distances along it).
+        block: Actions per imagined step.
+        success: Whether the goal was reached.
+    """
+
+    frames: np.ndarray
+    goal: np.ndarray
+    real: np.ndarray
+    imagined: list[tuple[int, np.ndarray]]
+    block: int
+    success: bool
+
+
+def draw_report(
+    run: str | os.PathLike[str],
+    model: Model,
+    data: Dataset,
+    path: str | os.PathLike[str],
+    heading: str = "",
+    frames: int = 1500,
+) -> None:
+    """Draws loss curves and the first two principal components of held-out latents, coloured by position.
+
+    Args:
+        run: Run folder with `metrics.csv`.
+        model: The trained model.
+        data: Store with a `state` column; its held-out episodes (all, if none are recorded) are drawn.
+        path: PNG to write.
+        heading: First line of the figure.
+        frames: How many latents are drawn at most.
+    """
+    with (Path(run) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+
+    def column(name: str) -> tuple[list[int], list[float]]:
+        kept = [row for row in rows if row[name]]
+        return [int(row["step"]) for row in kept], [float(row[name]) for row in kept]
+
+    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    (top_left, top_middle, top_right), (bottom_left, bottom_middle, bottom_right) = figure.subplots(2, 3)
+    figure.suptitle(heading, fontsize=11)
+    for axes, names, title in (
+        (top_left, (("prediction", _RED), ("validation_prediction", _BLUE)), "prediction loss"),
+        (top_middle, (("sigreg", _RED),), "SIGReg"),
+        (top_right, (("probe_r2", _RED), ("distance_correlation", _BLUE)), "what predicts planning success"),
+    ):
+        for name, colour in names:
+            steps, values = column(name)
+            axes.plot(steps, values, color=colour, label=name, marker="o" if len(steps) < 20 else None, lw=1.3, ms=3)
+        axes.set(title=title, xlabel="step")
+        axes.legend(fontsize=8, frameon=False)
+    top_left.set_yscale("log")
+    top_middle.set_yscale("log")
+    top_right.set_ylim(-0.1, 1.05)
+
+    z, state = _latents(model, data, frames)
+    centred = z - z.mean(0)
+    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
+    scores, share = centred @ directions[:2].T, spread**2 / (spread**2).sum()
+    for axes, values, what in ((bottom_left, state[:, 0], "state 0"), (bottom_middle, state[:, 1], "state 1")):
+        dots = axes.scatter(*scores.T, c=values, s=6, cmap="viridis", lw=0)
+        figure.colorbar(dots, ax=axes, label=what)
+        axes.set(title=f"latents, coloured by {what}", xlabel=f"PC 1 ({share[0]:.0%})", ylabel=f"PC 2 ({share[1]:.0%})")
+    bottom_right.bar(np.arange(1, len(share) + 1), share, color=_BLUE)
+    bottom_right.set(title="variance by principal component", xlabel="component", ylabel="share")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    FigureCanvasAgg(figure).print_png(os.fspath(path))
+
+
+def _latents(model: Model, data: Dataset, most: int) -> tuple[np.ndarray, np.ndarray]:
+    held_out = (model.meta.get("training") or {}).get("validation_episodes") or range(len(data))
+    rng, z, state, count = np.random.default_rng(0), [], [], 0
+    for episode in rng.permutation(np.asarray(list(held_out))):
+        length = int(data.lengths[episode])
+        index = np.sort(rng.choice(length, min(length, 40), replace=False))
+        z.append(model.encode(data.frames(int(episode), index)))
+        state.append(data.column("state", int(episode))[index])
+        count += len(index)
+        if count >= most:
+            break
+    return np.concatenate(z), np.concatenate(state)
+
+
+def play(
+    model: Model,
+    env_id: str,
+    state: np.ndarray,
+    goal_state: np.ndarray,
+    goal: np.ndarray,
+    *,
+    planner: CEM | None = None,
+    budget: int = 50,
+    seed: int = 0,
+) -> Episode:
+    """Steers one environment from `state` to the picture `goal`, executing whole plans, and keeps what was imagined.
+
+    Args:
+        model: What plans.
+        env_id: A gymnasium id whose environment draws itself and resets to `state` and `goal`.
+        state, goal_state: As in the environment's reset options.
+        goal: (H, W, 3) uint8 picture of the goal.
+        planner: By default the model's.
+        budget: Environment steps at most.
+        seed: Of the planner's noise.
+    """
+    size = model.config.image_size
+    env = gymnasium.make(env_id, obs_type="pixels", size=size)
+    obs, _ = env.reset(seed=0, options={"state": state, "goal": goal_state})
+    target = model.encode(goal)
+    frames, imagined, actions, success = [obs], [], [], False
+    while len(frames) <= budget and not success:
+        if not len(actions):
+            found = plan(
+                frames[-1],
+                target,
+                model=model,
+                planner=planner,
+                seed=seed,
+                plan_index=len(imagined),
+                return_rollout=True,
+            )
+            imagined.append((len(frames) - 1, np.square(found.imagined - target).sum(-1)))
+            actions = found.actions
+        obs, _, success, truncated, _ = env.step(actions[0])
+        actions = actions[1:]
+        frames.append(obs)
+        if truncated:
+            break
+    env.close()
+    frames = np.stack(frames)
+    real = np.square(model.encode(frames) - target).sum(-1)
+    return Episode(frames, goal, real, imagined, model.config.action_block, bool(success))
+
+
+def draw_episode(episode: Episode, path: str | os.PathLike[str], fps: int = 12) -> None:
+    """Writes the episode as a GIF: the agent, the goal, and the latent distance as imagined and as it came.
+
+    Args:
+        episode: From `play`.
+        path: GIF to write.
+        fps: Frames per second.
+    """
+    pictures = [_panel(episode, step) for step in range(len(episode.frames))]
+    pictures += [pictures[-1]] * fps  # rest on the end for a second
+    imageio.imwrite(path, np.stack(pictures), extension=".gif", duration=1000 / fps, loop=0)
+
+
+def _panel(episode: Episode, step: int) -> np.ndarray:
+    side = 224
+    agent, goal = (_framed(resize_area(picture, side)) for picture in (episode.frames[step], episode.goal))
+    figure = Figure(figsize=(3.6, 2.4), dpi=100, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    for start, distances in episode.imagined:
+        if start <= step:
+            steps = start + episode.block * np.arange(len(distances))
+            axes.plot(steps, distances, "--o", color=_GREY, ms=3, lw=1, label="imagined" if start == 0 else None)
+    axes.plot(episode.real[: step + 1], color=_RED, lw=1.8, label="real")
+    highest = max(episode.real.max(), *(d.max() for _, d in episode.imagined))
+    axes.set(xlim=(0, max(len(episode.frames) - 1, 25)), ylim=(0, 1.05 * highest), xlabel="environment step")
+    done = episode.success and step == len(episode.frames) - 1
+    axes.set_title("reached" if done else "latent distance to the goal", fontsize=9, color=_INK)
+    axes.legend(fontsize=7, frameon=False, loc="upper right")
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.draw()
+    chart = np.asarray(canvas.buffer_rgba())[..., :3]
+    height = max(len(agent), len(chart))
+    return np.concatenate([_padded(part, height) for part in (agent, goal, chart)], 1)
+
+
+def _framed(picture: np.ndarray) -> np.ndarray:
+    return np.pad(picture, ((4, 4), (4, 4), (0, 0)), constant_values=200)
+
+
+def _padded(picture: np.ndarray, height: int) -> np.ndarray:
+    above = (height - len(picture)) // 2
+    return np.pad(picture, ((above, height - len(picture) - above), (0, 0), (0, 0)), constant_values=255)
+
+
+def heading_of(result: dict[str, Any], seconds: float) -> str:
+    """One line over a report: success beside the random floor."""
+    low, high = result["interval"]
+    return (
+        f"{result['protocol']['name']}: {result['success_rate']:.1%} of {result['n']} [{low:.1%}, {high:.1%}], "
+        f"random actions {result['random_floor']:.1%}; trained in {seconds:.0f} s"
+    )

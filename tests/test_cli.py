@@ -1,0 +1,109 @@
+"""The command as a user types it: from collecting to a plan, and what it says when something is wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import lewm
+from lewm import cli
+
+
+def run(*arguments):
+    """Runs the command in this process; gives (exit code, stdout, stderr)."""
+    return subprocess.run(
+        [sys.executable, "-c", "from lewm.cli import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_from_collecting_to_a_plan(tmp_path):
+    import imageio.v3 as imageio
+
+    store, folder = tmp_path / "two-room.lewm", tmp_path / "run"
+    done = run("collect", "lewm/TwoRoom-v0", store, "--episodes", 20, "--seed", 1)
+    assert done.returncode == 0, done.stderr
+    data = lewm.Dataset(store)
+    assert len(data) == 20
+    assert data.fingerprint()[:12] in done.stdout
+
+    settings = ["--preset", "tiny", "--out", folder, "--device", "cpu"]
+    settings += [x for s in ("steps=12", "batch_size=16", "position_init=sincos") for x in ("--set", s)]
+    done = run("train", store, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "raw bounds [-1, 1]" in done.stdout
+    model = lewm.load(folder)
+    assert model.meta["training"]["steps"] == 12
+
+    done = run("describe", folder)
+    assert model.hash()[:12] in done.stdout
+
+    result = tmp_path / "result.json"
+    small = ["--planner", "samples=16", "--planner", "iterations=2", "--planner", "elites=4"]
+    done = run("evaluate", folder, "--pairs", 4, "--out", result, *small)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(result.read_text())
+    assert written["n"] == 4
+    assert written["planner"]["samples"] == 16
+    assert "random" in done.stdout
+
+    frames = data[0].frames
+    for name, frame in (("obs.png", frames[0]), ("goal.png", frames[-1])):
+        imageio.imwrite(tmp_path / name, frame)
+    done = run("plan", folder, tmp_path / "obs.png", tmp_path / "goal.png", *small)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert np.shape(answer["actions"]) == (25, 2)
+    assert np.abs(answer["actions"]).max() <= 1
+    assert answer["cost"] >= 0
+    assert answer["backend"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("describe", "nowhere.safetensors"), "error: model file: no such file: nowhere.safetensors"),
+        (("train", "nowhere.lewm"), "nowhere.lewm"),
+        (("collect", "lewm/Nowhere-v0", "x.lewm"), "lewm/Nowhere-v0"),
+        (("collect", "lewm/TwoRoom-v0", "x.lewm", "--episodes", "0"), "episodes"),
+    ],
+)
+def test_mistakes_are_one_line_and_no_traceback(arguments, text, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "from lewm.cli import main; main()", *arguments],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x.lewm").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    import typer
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lewm.trainer.train", interrupted)
+    with pytest.raises(typer.Exit) as stop:
+        cli.train(tmp_path / "x.lewm", preset="tiny", out=tmp_path / "run")
+    assert stop.value.exit_code == 130
+    assert f"--resume goes on from {tmp_path / 'run'}/checkpoint.safetensors" in capsys.readouterr().err
+
+
+def test_settings_are_json_where_they_parse():
+    assert cli._settings(["steps=300", "dropout=0.1", "position_init=sincos", "reference=true"]) == {
+        "steps": 300,
+        "dropout": 0.1,
+        "position_init": "sincos",
+        "reference": True,
+    }
+    with pytest.raises(ValueError, match="must be NAME=VALUE, got 'steps'"):
+        cli._settings(["steps"])
