@@ -108,6 +108,40 @@ def parity(rows: Rows) -> None:
             raise SystemExit(f"parity fails on this device, nothing is timed: {errors}")
 
 
+def gemm_floor(rows: Rows) -> None:
+    """The four dependent matrix products of one predictor layer with library kernels, eagerly and in a CUDA graph.
+
+    A paper-size plan is 900 such layers on 300 or 900 rows: no planner made of library kernels is faster than this.
+    """
+    dim, inner, hidden = 192, 1024, 2048
+    for precision, dtype in (("float32", torch.float32), ("tf32", torch.float32), ("bfloat16", torch.bfloat16)):
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        shapes = ((dim, 3 * inner), (inner, dim), (dim, hidden), (hidden, dim))
+        qkv, out, up, down = (0.02 * torch.randn(*shape, device="cuda", dtype=dtype) for shape in shapes)
+        for m in (300, 900, 15000, 45000):
+            x = torch.randn(m, dim, device="cuda", dtype=dtype)
+
+            def layers(count, y=x, qkv=qkv, out=out, up=up, down=down):
+                for _ in range(count):
+                    y = torch.nn.functional.gelu((y @ qkv)[:, :inner] @ out @ up) @ down
+                return y
+
+            eager = rows.timed(lambda run=layers: run(10), 20)["p50_ms"] / 10
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                layers(10)
+            replay = rows.timed(graph.replay, 50)["p50_ms"] / 10
+            rows.add(
+                "gemm floor",
+                precision=precision,
+                rows=m,
+                eager_us_per_layer=round(1e3 * eager, 1),
+                graph_us_per_layer=round(1e3 * replay, 1),
+                tflop_per_s=round(2e-9 * m * sum(a * b for a, b in shapes) / replay, 1),
+            )
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def regulariser(rows: Rows, quick: bool) -> None:
     """SIGReg forward and backward, fused against the official formula in eager PyTorch."""
     steps, batch, dim, count = (2, 8, 16, 32) if quick else (4, 128, 192, 1024)
@@ -246,6 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = Rows(device)
     if not options.quick:
         parity(rows)
+        gemm_floor(rows)
     regulariser(rows, options.quick)
     plans(rows, options.quick)
     steps(rows, options.quick)

@@ -31,12 +31,15 @@ def test_overrides_reach_either_configuration_and_epochs_replace_steps():
         ({"predictor_depth": 10**9}, ValueError, "predictor_depth"),
         ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         ({"position_init": "rope"}, ValueError, "position_init"),
-        ({"steps": 0}, ValueError, "steps must be a positive integer, got 0"),
+        ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
         ({"batch_size": 1}, ValueError, "batch_size must be an integer of at least 2, got 1"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be positive"),
-        ({"sigreg_weight": -1.0}, ValueError, "sigreg_weight must not be negative"),
+        ({"sigreg_weight": -1.0}, ValueError, "sigreg_weight must be finite and not negative"),
         ({"validation": 1.0}, ValueError, "validation"),
+        ({"learning_rate": "fast"}, ValueError, "learning_rate must be a number, got 'fast'"),
+        ({"dropout": None}, ValueError, "dropout must be a number, got None"),
+        ({"epochs": float("inf")}, ValueError, "epochs must be positive and finite, got inf"),
     ],
 )
 def test_bad_settings_are_named(settings, error, text):

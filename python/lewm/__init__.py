@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lewm import envs
-from lewm._core import StoreError, __version__
+from lewm._core import StoreError, StoreWriter, __version__
 
 if TYPE_CHECKING:
     from lewm.collector import collect
@@ -49,6 +49,7 @@ __all__ = [
     "ModelConfig",
     "Plan",
     "StoreError",
+    "StoreWriter",
     "TrainConfig",
     "__version__",
     "collect",

@@ -165,13 +165,7 @@ def generate(env: VectorEnv, policy: Policy, *, seed: int, episodes: range, max_
 
 
 def _make(env_id: str, num_envs: int, *, size: int, max_steps: int, env_kwargs: dict[str, Any]) -> VectorEnv:
-    try:
-        spec = gymnasium.spec(env_id)
-    except gymnasium.error.Error as error:
-        raise ValueError(f"env_id is {env_id!r}, which gymnasium does not know: {error}") from error
-    _check_actions(gymnasium.make(env_id, disable_env_checker=True), env_id)
-    if spec.vector_entry_point is None:
-        raise ValueError(f"env_id is {env_id!r}, which has no vector form; collect needs one (see its docstring)")
+    space_of(env_id)
     try:
         return gymnasium.make_vec(
             env_id,
@@ -187,13 +181,30 @@ def _make(env_id: str, num_envs: int, *, size: int, max_steps: int, env_kwargs: 
         raise ValueError(f"the vector form of {env_id!r} does not take what collect passes: {error}") from error
 
 
-def _check_actions(env: gymnasium.Env, env_id: str) -> None:
+def space_of(env_id: str) -> gymnasium.spaces.Box:
+    """The action space of an environment that lewm can act in.
+
+    Raises:
+        ValueError: gymnasium does not know or cannot make it, its actions are discrete or unbounded, or it has no
+            vector form.
+    """
+    try:
+        spec = gymnasium.spec(env_id)
+    except gymnasium.error.Error as error:
+        raise ValueError(f"env_id is {env_id!r}, which gymnasium does not know: {error}") from error
+    try:
+        env = gymnasium.make(env_id, disable_env_checker=True)
+    except gymnasium.error.Error as error:
+        raise ValueError(f"env_id is {env_id!r}, which gymnasium cannot make here: {error}") from error
     space = env.action_space
     env.close()
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
         raise ValueError(
             f"env_id is {env_id!r}, whose action space is {space}; lewm wants continuous, bounded actions: Box of (A,)"
         )
+    if spec.vector_entry_point is None:
+        raise ValueError(f"env_id is {env_id!r}, which has no vector form; lewm needs one (see `lewm.collect`)")
+    return space
 
 
 def _policy(policy: str | Policy, env: VectorEnv, env_id: str) -> tuple[Policy, str]:

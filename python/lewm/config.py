@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ class ModelConfig:
             raise ValueError(f"patch_size must divide image_size {self.image_size}, got {self.patch_size}")
         if self.encoder_dim % self.encoder_heads:
             raise ValueError(f"encoder_heads must divide encoder_dim {self.encoder_dim}, got {self.encoder_heads}")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if not 0 <= _number("dropout", self.dropout) < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.position_init not in ("random", "sincos"):
             raise ValueError(f'position_init must be "random" or "sincos", got {self.position_init!r}')
@@ -115,24 +116,29 @@ class TrainConfig:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 2), ("frames", 2), ("directions", 1)):
+        for name, least in (("batch_size", 2), ("frames", 2), ("directions", 1), ("steps", 1)):
             value = getattr(self, name)
+            if name == "steps" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if self.steps is not None and (
-            isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1
-        ):
-            raise ValueError(f"steps must be a positive integer, got {self.steps!r}")
         for name in ("learning_rate", "epochs", "schedule", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+            if not 0 < _number(name, getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
         for name in ("weight_decay", "sigreg_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
-        if not 0 <= self.warmup < 1:
+            if not 0 <= _number(name, getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
+        if not 0 <= _number("warmup", self.warmup) < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
-        if not 0 < self.validation < 1:
+        if not 0 < _number("validation", self.validation) < 1:
             raise ValueError(f"validation must be above 0 and below 1, got {self.validation!r}")
+
+
+def _number(name: str, value: Any) -> float:
+    """`value`, a number that JSON can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return value
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from lewm import pixels
+from lewm.checks import integer
 from lewm.planner import (
     CEM,
     Plan,
     broadcast_goal,
-    check_frames,
     encode,
     encode_goal,
     first,
-    integer,
     like,
     plan_latents,
     planner_of,
@@ -123,7 +123,7 @@ class Controller:
 
     def _call(self, obs: Any, executed: Any) -> Any:
         started = time.perf_counter()
-        frames = check_frames(obs, "obs", (0, 1))
+        frames = pixels.checked(to_numpy(obs), "obs", (0, 1))
         single = frames.ndim == 3
         frames = frames[None] if single else frames
         environments = len(frames) if self._actions is None else len(self._actions)

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from lewm.collector import collect
+from lewm.envs.two_room import DOOR
 from lewm.evaluation import PROTOCOLS, evaluate, make_tasks
 from lewm.progress import Bar
 from lewm.report import draw_episode, draw_report, heading_of, play
@@ -60,7 +61,8 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, steps: int | None = None
     console.print(
         f"{training['seconds']:.0f} s; held-out prediction loss {training['metrics']['validation_prediction']:.4f}, "
         f"position probe R2 {training['metrics']['probe_r2']:.3f}, "
-        f"distance correlation {training['metrics']['distance_correlation']:.2f}"
+        f"distance correlation {training['metrics']['distance_correlation']:.2f}",
+        soft_wrap=True,
     )
     shutil.copyfile(out / "run" / "model.safetensors", out / "model.safetensors")
 
@@ -83,17 +85,18 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, steps: int | None = None
         f"    import lewm; model = lewm.load({os.fspath(out / 'model.safetensors')!r})\n"
         f"    action = lewm.plan(obs, goal, model=model).action      # two (64, 64, 3) uint8 pictures\n",
         highlight=False,
+        soft_wrap=True,
     )
     return json.loads((out / "result.json").read_text())
 
 
 def _best_episode(model: Any, result: dict[str, Any]) -> Any:
-    """The solved pair that starts farthest from its goal, steered again for drawing."""
+    """The longest way to a goal in the other room that was solved, steered again for drawing."""
     protocol = PROTOCOLS[_PROTOCOL]
     tasks = make_tasks(protocol, result["n"], model.config.image_size)
+    across = (tasks.states[:, 0] < DOOR[0]) != (tasks.goals[:, 0] < DOOR[0])
     far = np.linalg.norm(tasks.states - tasks.goals, axis=1)
-    order = np.argsort(-far * np.asarray(result["success"], float))
-    pair = int(order[0])
+    pair = int(np.argmax(far * across * np.asarray(result["success"])))
     return play(
         model, protocol.env_id, tasks.states[pair], tasks.goals[pair], tasks.pictures[pair], budget=protocol.budget
     )

@@ -22,10 +22,12 @@ import numpy as np
 
 from lewm import envs
 from lewm._core import __version__
+from lewm.checks import integer
+from lewm.collector import generate, space_of
 from lewm.controller import Controller
 from lewm.data import Dataset
 from lewm.model_file import write_atomically
-from lewm.planner import CEM, integer, plan, planner_of
+from lewm.planner import CEM, plan, planner_of
 
 __all__ = ["PROTOCOLS", "Protocol", "Result", "evaluate", "wilson"]
 
@@ -176,13 +178,14 @@ def evaluate(
     wanted = protocol.pairs if pairs is None else integer("pairs", pairs, 1)
     batch = max(1, _CANDIDATES // planner.samples) if batch is None else integer("batch", batch, 1)
     integer("seed", seed, 0, 2**64)
+    model.require_stats()
+    _check_actions(protocol, model)
 
     if data is None:
         tasks = make_tasks(protocol, wanted, model.config.image_size)
     else:
         tasks = _data_tasks(protocol, data, model, pairs)
     n = len(tasks.episodes)
-    _check_actions(protocol, model)
 
     solved, at_start, distance = [], [], []
     for begin in range(0, n, batch):
@@ -263,8 +266,6 @@ def _row(protocol: Protocol, episode: int, frames: int) -> int:
 
 def make_tasks(protocol: Protocol, n: int, size: int) -> Tasks:
     """Pairs from fresh episodes of the scripted policy; pair i is the same whatever n is."""
-    from lewm.collector import generate
-
     env = _vector_env(protocol, min(n, _EPISODES_AT_ONCE), obs_type="state")
     # NumPy mixes a whole number's 32-bit words, lowest first, without leading zeros and padded to four. Five words that
     # end in zero are therefore the seed of no `collect`, and no data set that it makes can hold these episodes.
@@ -344,8 +345,8 @@ def _vector_env(protocol: Protocol, n: int, **settings: Any) -> gymnasium.vector
 
 
 def _check_actions(protocol: Protocol, model: Any) -> None:
-    space = _vector_env(protocol, 1).single_action_space
-    if not isinstance(space, gymnasium.spaces.Box) or space.shape != (model.config.action_dim,):
+    space = space_of(protocol.env_id)
+    if space.shape != (model.config.action_dim,):
         raise ValueError(
             f"model and protocol must have the same actions: {protocol.env_id} has {space}, "
             f"the model {model.config.action_dim} numbers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -51,7 +52,7 @@ class Model:
                 f"running a model needs {error.name} in this release: pip install 'lewm-fast[train]'"
             ) from error
         self.config = config
-        self.stats = None if stats is None else _checked_stats(stats, config.action_dim)
+        self.stats = None if stats is None else checked_stats(stats, config.action_dim)
         self.meta = dict(meta or {})
         self._engine = TorchBackend(config, weights, precision, device)
 
@@ -118,7 +119,8 @@ class Model:
         Raises:
             ValueError: Frames of another kind or shape, naming what they are and what is wanted.
         """
-        return self._give(self._engine.encode(pixels.checked(frames, self.config.image_size, name)), frames)
+        pictures = pixels.fitted(pixels.checked(frames, name), self.config.image_size, name)
+        return self._give(self._engine.encode(pictures), frames)
 
     def rollout(self, z: Any, candidates: Any, past_actions: Any = None) -> Any:
         """Imagined latents of every candidate.
@@ -310,12 +312,18 @@ def current() -> Model:
     path = os.environ.get("LEWM_MODEL")
     if not path:
         raise RuntimeError("no model is set: pass model=, call lewm.use(model), or set LEWM_MODEL to a model file")
-    model = load(path)
-    use(model)
-    return model
+    return _loaded(path)
 
 
-def _checked_stats(stats: dict[str, Any], action_dim: int) -> dict[str, np.ndarray]:
+_loaded = functools.lru_cache(maxsize=1)(load)
+
+
+def checked_stats(stats: dict[str, Any], action_dim: int) -> dict[str, np.ndarray]:
+    """Action statistics that a model can plan with: mean, std, low, high, each float64 of shape (action_dim,).
+
+    Raises:
+        ValueError: One is missing, of another shape or not finite, std is not positive, or low is not below high.
+    """
     missing = [name for name in _STATS if name not in stats]
     if missing:
         raise ValueError(f"stats must hold {', '.join(_STATS)}; missing: {', '.join(missing)}")
@@ -325,8 +333,8 @@ def _checked_stats(stats: dict[str, Any], action_dim: int) -> dict[str, np.ndarr
             raise ValueError(
                 f"stats[{name!r}] must have shape ({action_dim},), one per raw action dimension, got {values.shape}"
             )
-        if np.isnan(values).any() or (name in ("mean", "std") and not np.isfinite(values).all()):
-            raise ValueError(f"stats[{name!r}] must be finite, got {values}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"stats[{name!r}] must be finite: unbounded actions cannot be planned, got {values}")
     if (arrays["std"] <= 0).any():
         raise ValueError(
             f"stats['std'] must be positive, got {arrays['std']}: a constant action column cannot be planned"

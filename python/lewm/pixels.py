@@ -12,27 +12,43 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def checked(frames: Any, size: int, name: str) -> Any:
-    """`frames` as the model takes them, (..., size, size, 3) uint8; an array stays an array, a tensor a tensor.
+def checked(frames: Any, name: str, leading: tuple[int, ...] | None = None) -> Any:
+    """`frames` if they are pictures, (..., H, W, 3) uint8; an array stays an array, a tensor a tensor.
+
+    Args:
+        frames: An array, a tensor, or anything that NumPy makes a uint8 array of (a PIL picture, a list of arrays).
+        name: What error messages call it.
+        leading: Numbers of leading axes that are allowed, of E environments and T frames; None: any.
 
     Raises:
-        ValueError: Not uint8, not height x width x RGB, or a picture of another shape.
+        ValueError: Not uint8, not height x width x RGB, or empty.
     """
     if not hasattr(frames, "dtype") or not hasattr(frames, "shape"):
         frames = np.asarray(frames)
-    shape = tuple(frames.shape)
-    kind = str(frames.dtype).removeprefix("torch.")
+    shape, kind = tuple(frames.shape), str(frames.dtype).removeprefix("torch.")
     if kind != "uint8":
-        raise ValueError(
-            f"{name} must be uint8 in [0, 255], got {kind} of shape {shape}; want (..., H, W, 3) uint8 RGB"
-        )
-    if len(shape) < 3 or shape[-1] != 3:
-        chw = len(shape) >= 3 and shape[-3] == 3
-        hint = "; this looks like channels first: move them last with np.moveaxis(x, -3, -1)" if chw else ""
-        raise ValueError(f"{name} must be (..., H, W, 3) uint8 RGB, got shape {shape}{hint}")
-    height, width = shape[-3:-1]
-    if 0 in shape:
-        raise ValueError(f"{name} must not be empty, got shape {shape}")
+        hint = "; float pixels in [0, 1] must be multiplied by 255 and rounded first" if "float" in kind else ""
+        raise ValueError(f"{name} must be uint8 in [0, 255], got {kind} of shape {shape}{hint}")
+    if leading is None:
+        forms = "(..., H, W, 3)"
+    else:
+        axes = ("E", "T")[: max(leading)]
+        forms = " or ".join(f"({', '.join((*axes[len(axes) - n :], 'H', 'W', '3'))})" for n in leading)
+    wish = f"{name} must be uint8 RGB of shape {forms}, got {shape}"
+    if len(shape) >= 3 and shape[-1] != 3 and shape[-3] == 3:
+        raise ValueError(f"{wish}, which looks like channels first: use np.moveaxis({name}, -3, -1)")
+    if len(shape) < 3 or shape[-1] != 3 or 0 in shape or (leading is not None and len(shape) - 3 not in leading):
+        raise ValueError(wish)
+    return frames
+
+
+def fitted(frames: Any, size: int, name: str) -> Any:
+    """Pictures (..., H, H, 3) uint8 as the model takes them, (..., size, size, 3); see `resize_area`.
+
+    Raises:
+        ValueError: They are not square.
+    """
+    height, width = frames.shape[-3:-1]
     if height != width:
         raise ValueError(
             f"{name} must be square like the pictures the model was trained on ({size}x{size}), got {height}x{width}; "
@@ -44,16 +60,18 @@ def checked(frames: Any, size: int, name: str) -> Any:
 def resize_area(frames: Any, size: int) -> Any:
     """Area-averaged square pictures: (..., H, H, 3) uint8 -> (..., size, size, 3) uint8, rounded half to even.
 
-    Each output pixel is the mean of the input under it, weighted by overlap; enlarging repeats pixels likewise.
+    Each output pixel is the mean of the input under it, weighted by overlap; enlarging repeats pixels likewise. One
+    product per picture: what becomes of a picture does not depend on the others beside it.
     """
     if not isinstance(frames, np.ndarray):  # a tensor
         return frames.new_tensor(resize_area(frames.cpu().numpy(), size))
-    weights = _overlap(frames.shape[-2], size)
+    height = frames.shape[-2]
+    weights = _overlap(height, size)
     flat = frames.reshape(-1, *frames.shape[-3:])
     out = np.empty((len(flat), size, size, 3), np.uint8)
     for i in range(0, len(flat), 256):  # bounds the float copy
-        part = np.einsum("yh,nhwc->nywc", weights, flat[i : i + 256].astype(np.float32), optimize=True)
-        out[i : i + 256] = np.rint(np.einsum("xw,nywc->nyxc", weights, part, optimize=True))
+        rows = weights @ flat[i : i + 256].reshape(-1, height, 3 * height).astype(np.float32)  # (n, size, 3 * height)
+        out[i : i + 256] = np.rint(weights @ rows.reshape(-1, size, height, 3))
     return out.reshape(*frames.shape[:-3], size, size, 3)
 
 

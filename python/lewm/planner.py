@@ -9,12 +9,14 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, replace
-from operator import index
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from lewm import pixels
 from lewm._core import cem
+from lewm.checks import integer
 
 __all__ = ["CEM", "Plan", "plan"]
 
@@ -149,7 +151,7 @@ def plan(
     planner = planner_of(model, planner)
 
     has_history = past_actions is not None
-    frames = check_frames(obs, "obs", (1, 2) if has_history else (0, 1))
+    frames = pixels.checked(to_numpy(obs), "obs", (1, 2) if has_history else (0, 1))
     single = frames.ndim == (4 if has_history else 3)
     frames = frames[None] if single else frames
     frames = frames if has_history else frames[:, None]
@@ -205,8 +207,8 @@ def plan_latents(
     started = time.perf_counter() if started is None else started
     environments, history = z.shape[:2]
     model.require_stats()
-    if deadline_ms is not None and not 0 < deadline_ms < np.inf:
-        raise ValueError(f"deadline_ms must be a positive number of milliseconds, got {deadline_ms}")
+    if deadline_ms is not None and not (isinstance(deadline_ms, Real) and 0 < deadline_ms < np.inf):
+        raise ValueError(f"deadline_ms must be a positive number of milliseconds, got {deadline_ms!r}")
     integer("seed", seed, 0, 2**64)
     integer("plan_index", plan_index, 0, 2**32)
     goal = goal.astype(z.dtype)
@@ -266,43 +268,13 @@ def first(found: Plan) -> Plan:
 
 def planner_of(model: Any, planner: CEM | None) -> CEM:
     """The planner asked for, else the one in the model's file, else the paper's."""
+    if not hasattr(model, "costs"):
+        raise TypeError(f"model must be a lewm.Model, got {model!r}; lewm.load reads one from a file")
     if planner is None:
         return CEM(**model.meta.get("planner") or {})
     if not isinstance(planner, CEM):
         raise TypeError(f"planner must be a lewm.CEM, got {type(planner).__name__}")
     return planner
-
-
-def integer(name: str, value: Any, low: int | None = None, end: int | None = None) -> int:
-    """`value` as an int within [low, end), or an exception that names it."""
-    wish = f"{name} must be an integer"
-    wish += "" if low is None else f" of at least {low}"
-    wish += "" if end is None else f" and below {end}"
-    try:
-        number = index(value)
-    except TypeError:
-        raise TypeError(f"{wish}, got {value!r}") from None
-    if (low is not None and number < low) or (end is not None and number >= end):
-        raise ValueError(f"{wish}, got {value}")
-    return number
-
-
-def check_frames(value: Any, name: str, leading: tuple[int, ...]) -> np.ndarray:
-    """`value` as a NumPy array of uint8 pictures (..., H, W, 3) with one of the numbers of leading axes allowed."""
-    pixels = to_numpy(value)
-    if pixels.dtype != np.uint8:
-        hint = (
-            "; float pixels in [0, 1] must be multiplied by 255 and rounded first" if pixels.dtype.kind == "f" else ""
-        )
-        raise ValueError(f"{name} must be uint8 in [0, 255], got {pixels.dtype}{hint}")
-    axes = ("E", "T")[: max(leading)]
-    forms = " or ".join(f"({', '.join((*axes[len(axes) - n :], 'H', 'W', '3'))})" for n in leading)
-    wish = f"{name} must be of shape {forms}, got {pixels.shape}"
-    if pixels.ndim >= 3 and pixels.shape[-1] != 3 and pixels.shape[-3] == 3:
-        raise ValueError(f"{wish}, which looks like channels first: use np.moveaxis({name}, -3, -1)")
-    if pixels.ndim - 3 not in leading or pixels.shape[-1] != 3 or pixels.size == 0:
-        raise ValueError(wish)
-    return pixels
 
 
 def encode(model: Any, frames: np.ndarray, name: str) -> np.ndarray:
@@ -323,7 +295,7 @@ def encode_goal(model: Any, goal: Any) -> np.ndarray:
         if not np.isfinite(array).all():
             raise ValueError(f"goal latents must be finite, got {np.count_nonzero(~np.isfinite(array))} that are not")
         return np.atleast_2d(array)
-    frames = check_frames(goal, "goal", (0, 1))
+    frames = pixels.checked(array, "goal", (0, 1))
     return encode(model, frames if frames.ndim == 4 else frames[None], "goal")
 
 

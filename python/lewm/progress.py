@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Bar:
@@ -10,10 +10,9 @@ class Bar:
 
     def __init__(self, unit: str) -> None:
         self._progress = Progress(
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn(f"{unit}  {{task.fields[rate]}}  {{task.fields[note]}}"),
-            TimeElapsedColumn(),
+            TextColumn(unit + " {task.fields[rate]} {task.fields[note]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
@@ -38,13 +37,6 @@ class Bar:
 
     def train(self, done: int, total: int, metrics: dict[str, float]) -> None:
         """For `lewm.train`: the latest losses beside the bar."""
-        shown = (
-            ("prediction", "pred", ".4f"),
-            ("sigreg", "sigreg", ".2f"),
-            ("embedding_std", "std", ".2f"),
-            ("effective_rank", "rank", ".1f"),
-            ("probe_r2", "probe R2", ".3f"),
-        )
-        self.count(
-            done, total, "  ".join(f"{label} {metrics[name]:{form}}" for name, label, form in shown if name in metrics)
-        )
+        shown = (("prediction", "pred", ".3f"), ("sigreg", "sigreg", ".1f"), ("probe_r2", "R2", ".2f"))
+        notes = (f"{label} {metrics[name]:{form}}" for name, label, form in shown if name in metrics)
+        self.count(done, total, " ".join(notes))

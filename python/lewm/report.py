@@ -16,10 +16,9 @@ from matplotlib.figure import Figure
 
 from lewm.data import Dataset
 from lewm.model import Model
-from lewm.pixels import resize_area
 from lewm.planner import CEM, plan
 
-_INK, _RED, _BLUE, _GREY = "#222222", "#c8402f", "#2b6ca3", "#999999"
+_RED, _BLUE, _GREY = "#c8402f", "#2b6ca3", "#999999"
 
 
 @dataclass
@@ -127,6 +126,8 @@ def play(
 ) -> Episode:
     """Steers one environment from `state` to the picture `goal`, executing whole plans, and keeps what was imagined.
 
+    It ends with the plan that reaches the goal, or with the budget.
+
     Args:
         model: What plans.
         env_id: A gymnasium id whose environment draws itself and resets to `state` and `goal`.
@@ -141,8 +142,10 @@ def play(
     obs, _ = env.reset(seed=0, options={"state": state, "goal": goal_state})
     target = model.encode(goal)
     frames, imagined, actions, success = [obs], [], [], False
-    while len(frames) <= budget and not success:
+    while len(frames) <= budget:
         if not len(actions):
+            if success:  # the rest of the plan that got there is worth seeing
+                break
             found = plan(
                 frames[-1],
                 target,
@@ -154,11 +157,10 @@ def play(
             )
             imagined.append((len(frames) - 1, np.square(found.imagined - target).sum(-1)))
             actions = found.actions
-        obs, _, success, truncated, _ = env.step(actions[0])
+        obs, _, reached, _, _ = env.step(actions[0])
+        success |= reached
         actions = actions[1:]
         frames.append(obs)
-        if truncated:
-            break
     env.close()
     frames = np.stack(frames)
     real = np.square(model.encode(frames) - target).sum(-1)
@@ -179,34 +181,25 @@ def draw_episode(episode: Episode, path: str | os.PathLike[str], fps: int = 12) 
 
 
 def _panel(episode: Episode, step: int) -> np.ndarray:
-    side = 224
-    agent, goal = (_framed(resize_area(picture, side)) for picture in (episode.frames[step], episode.goal))
-    figure = Figure(figsize=(3.6, 2.4), dpi=100, layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    figure = Figure(figsize=(8.2, 2.5), dpi=90, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    now, goal, chart = figure.subplots(1, 3, width_ratios=(1, 1, 1.7))
+    for axes, picture, title in ((now, episode.frames[step], f"step {step}"), (goal, episode.goal, "goal")):
+        axes.imshow(picture)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, fontsize=9)
     for start, distances in episode.imagined:
         if start <= step:
             steps = start + episode.block * np.arange(len(distances))
-            axes.plot(steps, distances, "--o", color=_GREY, ms=3, lw=1, label="imagined" if start == 0 else None)
-    axes.plot(episode.real[: step + 1], color=_RED, lw=1.8, label="real")
+            chart.plot(steps, distances, "--o", color=_GREY, ms=3, lw=1, label="imagined" if start == 0 else None)
+    chart.plot(episode.real[: step + 1], color=_RED, lw=1.8, label="real")
     highest = max(episode.real.max(), *(d.max() for _, d in episode.imagined))
-    axes.set(xlim=(0, max(len(episode.frames) - 1, 25)), ylim=(0, 1.05 * highest), xlabel="environment step")
-    done = episode.success and step == len(episode.frames) - 1
-    axes.set_title("reached" if done else "latent distance to the goal", fontsize=9, color=_INK)
-    axes.legend(fontsize=7, frameon=False, loc="upper right")
-    axes.spines[["top", "right"]].set_visible(False)
+    chart.set(xlim=(0, len(episode.frames) - 1), ylim=(0, 1.05 * highest), xlabel="environment step")
+    chart.set_title("squared latent distance to the goal", fontsize=9)
+    chart.legend(fontsize=7, frameon=False, loc="upper right")
+    chart.spines[["top", "right"]].set_visible(False)
     canvas.draw()
-    chart = np.asarray(canvas.buffer_rgba())[..., :3]
-    height = max(len(agent), len(chart))
-    return np.concatenate([_padded(part, height) for part in (agent, goal, chart)], 1)
-
-
-def _framed(picture: np.ndarray) -> np.ndarray:
-    return np.pad(picture, ((4, 4), (4, 4), (0, 0)), constant_values=200)
-
-
-def _padded(picture: np.ndarray, height: int) -> np.ndarray:
-    above = (height - len(picture)) // 2
-    return np.pad(picture, ((above, height - len(picture) - above), (0, 0), (0, 0)), constant_values=255)
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def heading_of(result: dict[str, Any], seconds: float) -> str:

@@ -30,7 +30,7 @@ class TorchBackend:
             known = ", ".join(_PRECISIONS)
             raise ValueError(f"precision must be auto or one of {known} on the torch back end, got {precision!r}")
         self.precision = "float32" if precision == "auto" else precision
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = device_of(device)
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         with torch.device("meta"):
             self.network = LeWM(config)
@@ -48,13 +48,13 @@ class TorchBackend:
 
     def tensor(self, values: Any) -> Tensor:
         """`values` on this device in this precision's storage type; uint8 stays uint8."""
-        values = torch.as_tensor(values, device=self.device)
+        values = _as_tensor(values).to(self.device)
         return values if values.dtype == torch.uint8 else values.to(self.dtype)
 
     @torch.no_grad()
     def encode(self, frames: Any) -> Tensor:
         """(..., size, size, 3) uint8 -> (..., D)."""
-        frames = torch.as_tensor(frames)
+        frames = _as_tensor(frames)
         flat = frames.reshape(-1, *frames.shape[-3:])
         with self._autocast():
             z = torch.cat([self.network.encode(part.to(self.device)) for part in flat.split(_FRAMES)])
@@ -92,6 +92,25 @@ class TorchBackend:
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+def device_of(name: str | None) -> torch.device:
+    """The torch device of that name; when None, CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ValueError(f"device must be one that torch has here, got {name!r}: {error}") from None
+    return device
+
+
+def _as_tensor(values: Any) -> Tensor:
+    # A flipped view (BGR to RGB) has strides that torch does not take, and a read-only array makes it warn.
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=("C", "W")))
 
 
 def _check_names(want: dict[str, Tensor], got: dict[str, Any]) -> None:

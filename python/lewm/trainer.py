@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import queue
+import signal
 import threading
 import time
 import warnings
@@ -21,13 +22,15 @@ import torch
 from torch import Tensor
 
 from lewm import __version__, diagnostics
+from lewm.checks import integer
 from lewm.config import ModelConfig, TrainConfig, configure, preset_named
 from lewm.data import Dataset
 from lewm.losses import prediction_loss, sigreg, sigreg_directions
-from lewm.model import Model
+from lewm.model import Model, checked_stats
 from lewm.model_file import read_tensors, write_atomically, write_tensors
 from lewm.network import LeWM
 from lewm.pixels import resize_area
+from lewm.torch_backend import device_of
 
 _LOG_EVERY = 20
 _PRECISE_BATCHES = 100
@@ -94,6 +97,7 @@ def train(
     """
     data = data if isinstance(data, Dataset) else Dataset(data)
     model_config, train_config = configure(preset, data.action_dim, overrides)
+    integer("checkpoint_every", checkpoint_every, 1)
     run = _Run(data, preset, model_config, train_config, Path(out or f"runs/{preset}-{seed}"), seed, device, resume)
     return run.train(checkpoint_every, progress)
 
@@ -120,9 +124,9 @@ class _Run:
             raise ValueError(f"frames must exceed history {model_config.history}, got {config.frames}")
         self.data, self.preset, self.out, self.seed = data, preset, out, seed
         self.model_config, self.config = model_config, config
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = device_of(device)
         self.train_episodes, self.validation_episodes = data.split(config.validation, seed)
-        self.stats = data.action_statistics(self.train_episodes)
+        self.stats = checked_stats(data.action_statistics(self.train_episodes), data.action_dim)
         self.windows = data.windows(self.train_episodes, config.frames, model_config.action_block)
         if len(self.windows) < config.batch_size:
             raise ValueError(
@@ -157,11 +161,10 @@ class _Run:
     # ----------------------------------------------------------------------------------------------- the run itself
 
     def train(self, checkpoint_every: int, progress: Callable[[int, int, dict[str, float]], None] | None) -> Model:
-        if checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-        writer = _tensorboard(self.out / "tensorboard")
+        writer = _tensorboard(self.out / "tensorboard", self.step)
         batches = _prefetch(self._batches(self.step))
         started = time.perf_counter() - self.seconds
+        interrupt = _HeldInterrupt()
         try:
             for frames, actions in batches:
                 losses = self._step(frames, actions)
@@ -174,12 +177,15 @@ class _Run:
                     self._log(losses, writer)
                 if self.step % checkpoint_every == 0 or last:
                     self._save()
-                if progress:
-                    progress(self.step, self.steps, self.metrics)
-        except KeyboardInterrupt:
-            self._save()
-            raise
+                try:
+                    if progress:
+                        progress(self.step, self.steps, self.metrics)
+                    interrupt.check()
+                except KeyboardInterrupt:
+                    self._save()
+                    raise
         finally:
+            interrupt.release()
             batches.close()
             if writer:
                 writer.close()
@@ -250,14 +256,16 @@ class _Run:
 
     def _read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         frames, actions = self.data.batch(windows, self.config.frames, self.model_config.action_block)
-        if frames.shape[-2] != self.model_config.image_size:
-            frames = resize_area(frames, self.model_config.image_size)
         block = self.model_config.action_block
         actions = (actions - np.tile(self.stats["mean"], block)) / np.tile(self.stats["std"], block)
-        tensors = torch.from_numpy(frames), torch.from_numpy(actions.astype(np.float32))
+        tensors = torch.from_numpy(self._resized(frames)), torch.from_numpy(actions.astype(np.float32))
         if self.device.type == "cuda":
             return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
         return tensors
+
+    def _resized(self, frames: np.ndarray) -> np.ndarray:
+        size = self.model_config.image_size
+        return frames if frames.shape[-2] == size else resize_area(frames, size)
 
     # ------------------------------------------------------------------------------------------------ looking at it
 
@@ -294,12 +302,12 @@ class _Run:
             for episode in rng.permutation(episodes)[: _PROBE_FRAMES // 16]
             for length in [int(self.data.lengths[episode])]
         ]
-        frames = np.concatenate([self.data.frames(episode, index) for episode, index in rows])
+        frames = np.concatenate([self._resized(self.data.frames(episode, index)) for episode, index in rows])
         states = np.concatenate([self.data.column("state", episode)[index] for episode, index in rows])
-        if frames.shape[-2] != self.model_config.image_size:
-            frames = resize_area(frames, self.model_config.image_size)
+        # Even parts: statistics of a last one of a single frame would not exist.
+        parts = torch.from_numpy(frames).tensor_split(math.ceil(len(frames) / 512))
         with self._batch_statistics(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            z = torch.cat([self.network.encode(part.to(self.device)) for part in torch.from_numpy(frames).split(512)])
+            z = torch.cat([self.network.encode(part.to(self.device)) for part in parts])
         return z.float().cpu().numpy(), states
 
     def _batch_statistics(self) -> Any:
@@ -308,6 +316,11 @@ class _Run:
     def _log(self, losses: dict[str, Any], writer: Any) -> None:
         z = losses.pop("z").flatten(0, 1).float().cpu().numpy()
         row = {name: float(value) for name, value in losses.items()}
+        if not math.isfinite(row["loss"]) or not math.isfinite(row["gradient_norm"]):
+            raise FloatingPointError(
+                f"step {self.step} has loss {row['loss']} and gradient norm {row['gradient_norm']}: lower learning_rate "
+                f"(now {self.config.learning_rate:g}); the last checkpoint in {self.out} is intact"
+            )
         row.update(
             step=self.step,
             sigreg_per_sample=row["sigreg"] / self.config.batch_size,
@@ -316,14 +329,9 @@ class _Run:
             learning_rate=self._learning_rate(self.step - 1),
             seconds=round(self.seconds, 3),
         )
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"the loss is {row['loss']} at step {self.step}: lower learning_rate (now "
-                f"{self.config.learning_rate:g}); the last checkpoint in {self.out} is intact"
-            )
         self.metrics.update(row)
         with (self.out / "metrics.csv").open("a", newline="") as file:
-            csv.DictWriter(file, _COLUMNS, restval="").writerow(row)
+            csv.DictWriter(file, _COLUMNS, restval="", lineterminator="\n").writerow(row)
         if writer:
             for name, value in row.items():
                 if name not in ("step", "seconds"):
@@ -368,7 +376,7 @@ class _Run:
         order = np.random.default_rng((self.seed, 2**32)).permutation(len(self.windows))
         size = self.config.batch_size
         batches = (self._read(self.windows[order[i : i + size]]) for i in range(0, len(order) - size + 1, size))
-        for (frames, actions), _ in zip(_prefetch(batches), range(_PRECISE_BATCHES), strict=False):
+        for _, (frames, actions) in zip(range(_PRECISE_BATCHES), _prefetch(batches), strict=False):
             self._losses(frames, actions)
         for norm in norms:
             norm.momentum = 0.1
@@ -421,7 +429,8 @@ class _Run:
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / "config.json", json.dumps(self.identity, indent=1).encode())
             with (out / "metrics.csv").open("w", newline="") as file:
-                csv.DictWriter(file, _COLUMNS).writeheader()
+                csv.DictWriter(file, _COLUMNS, lineterminator="\n").writeheader()
+            self._save()  # from now on the run can be resumed, whatever ends it
             return
         tensors, header = read_tensors(checkpoint, "run to resume")
         for name, value in self.identity.items():
@@ -447,9 +456,38 @@ class _Run:
     def _cut_log(self) -> None:
         """Drops the rows that were written after the checkpoint: the resumed run writes them again."""
         path = self.out / "metrics.csv"
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= self.step]
-        write_atomically(path, "".join(lines[:1] + kept).encode())
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        steps = [line.partition(",")[0] for line in lines]
+        kept = [
+            line
+            for line, step in zip(lines, steps, strict=True)
+            if line.endswith("\n") and step.isdecimal() and int(step) <= self.step
+        ]
+        write_atomically(path, "".join([",".join(_COLUMNS) + "\n", *kept]).encode())
+
+
+class _HeldInterrupt:
+    """Holds Ctrl-C back until `check`, so that what is saved is the whole state of a step; a second one is not held."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+        # Only the main thread gets signals; None is a handler that was not set from Python.
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+        self.release()
+
+    def check(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def release(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
 
 
 class _BatchStatistics:
@@ -526,12 +564,13 @@ def _bfloat16_is_native(device: torch.device) -> bool:
     return False
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A writer for what comes after `step`; what a resumed run had written beyond it is taken back."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None  # metrics.csv holds the same numbers
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def _difference(before: Any, now: Any) -> str:

@@ -31,7 +31,7 @@ impl From<lewm_core::Error> for BindError {
             Error::Corrupt(_) => StoreError::new_err(text),
             Error::Io(path, source) => match source.raw_os_error() {
                 // OSError(errno, text, path) picks FileNotFoundError, PermissionError, ... by itself.
-                Some(code) => PyOSError::new_err((code, source.to_string(), path)),
+                Some(code) => PyOSError::new_err((code, source.to_string(), path.into_os_string())),
                 None => PyOSError::new_err(text),
             },
         })

@@ -8,9 +8,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use lewm_core::store;
-use numpy::ndarray::{Array2, Array4, Array5};
+use numpy::ndarray::Array2;
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArray4, PyArray5, PyArrayDescrMethods, PyArrayMethods, PyReadonlyArray1,
+    IntoPyArray, PyArray1, PyArray2, PyArray4, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1,
     PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -88,18 +88,15 @@ impl Store {
         py: Python<'py>,
         episode: i64,
         indices: PyReadonlyArray1<'py, i64>,
-    ) -> Result<Bound<'py, PyArray4<u8>>> {
+    ) -> Result<Bound<'py, PyArrayDyn<u8>>> {
         let store = self.store();
-        let schema = store.schema();
         let mut items = Vec::new();
         for &index in indices.as_array() {
             // One frame is a window of one.
             items.extend(store.windows(&[episode], &[index], 1, 1)?);
         }
         store.index(episode)?;
-        let shape = (items.len(), schema.height, schema.width, 3);
-        let frames = Array4::from_shape_vec(shape, gather(py, &store, &items)?);
-        Ok(frames.expect("gather fills the shape").into_pyarray(py))
+        gather(py, &store, &items, &[items.len()])
     }
 
     fn actions<'py>(&self, py: Python<'py>, episode: i64) -> Result<Bound<'py, PyArray2<f32>>> {
@@ -125,14 +122,11 @@ impl Store {
         starts: PyReadonlyArray1<'py, i64>,
         length: usize,
         stride: usize,
-    ) -> Result<Bound<'py, PyArray5<u8>>> {
+    ) -> Result<Bound<'py, PyArrayDyn<u8>>> {
         let store = self.store();
-        let schema = store.schema();
         let (episodes, starts) = (episodes.as_array().to_vec(), starts.as_array().to_vec());
         let items = store.windows(&episodes, &starts, length, stride)?;
-        let shape = (episodes.len(), length, schema.height, schema.width, 3);
-        let frames = Array5::from_shape_vec(shape, gather(py, &store, &items)?);
-        Ok(frames.expect("gather fills the shape").into_pyarray(py))
+        gather(py, &store, &items, &[episodes.len(), length])
     }
 
     fn fingerprint(&self) -> String {
@@ -225,12 +219,24 @@ impl StoreWriter {
     }
 }
 
-/// Decodes frames with the GIL released.
-fn gather(py: Python<'_>, store: &store::Store, items: &[(usize, usize)]) -> Result<Vec<u8>> {
-    Ok(py.detach(|| {
-        let mut out = vec![0; items.len() * store.schema().frame_bytes()];
-        store.gather(items, &mut out).map(|()| out)
-    })?)
+/// Decodes frames into a new array (`leading`..., height, width, 3), with the GIL released.
+fn gather<'py>(
+    py: Python<'py>,
+    store: &store::Store,
+    items: &[(usize, usize)],
+    leading: &[usize],
+) -> Result<Bound<'py, PyArrayDyn<u8>>> {
+    let schema = store.schema();
+    let shape = [leading, &[schema.height, schema.width, 3]].concat();
+    // NumPy's memory: a batch too large for it is a MemoryError, and it asks for huge pages. Faulting in small ones takes
+    // longer than decoding what goes there, and threads wait for each other over it.
+    let frames = py.import("numpy")?.call_method1("empty", (shape, numpy::dtype::<u8>(py)))?;
+    let frames = frames.cast_into::<PyArrayDyn<u8>>().map_err(PyErr::from)?;
+    let mut memory = frames.readwrite();
+    let out = memory.as_slice_mut().map_err(PyErr::from)?;
+    py.detach(|| store.gather(items, out))?;
+    drop(memory);
+    Ok(frames)
 }
 
 /// What an argument is, for an error message: dtype and shape of an array, the type of anything else.

@@ -1,0 +1,79 @@
+"""Every block of the README runs, in its order, with training and evaluation cut short."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+
+from typer.testing import CliRunner
+
+from lewm import cli, evaluation
+from lewm.config import PRESETS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS["tiny"].train, "steps", 12)
+    for name, protocol in evaluation.PROTOCOLS.items():
+        monkeypatch.setitem(evaluation.PROTOCOLS, name, dataclasses.replace(protocol, pairs=4))
+
+
+def test_there_are_blocks_of_two_languages_only():
+    assert {language for language, _ in BLOCKS} == {"python", "sh"}
+    assert README.count("```") == 2 * len(BLOCKS)
+
+
+def test_python_blocks(capsys):
+    scope = {}
+    for language, code in BLOCKS:
+        if language == "python":
+            exec(compile(code, "README.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert "random" in printed
+    assert "raw bounds [-1, 1]" in printed
+    assert "(39, 2)" in printed
+    assert abs(scope["plan"].actions).max() <= 1
+    assert scope["plan"].action.shape == (2,)
+
+
+def test_shell_blocks():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    ran = set()
+    for language, code in BLOCKS:
+        for line in code.splitlines() if language == "sh" else []:
+            words = shlex.split(line, comments=True)
+            if words[0] == "lewm":
+                result = CliRunner().invoke(cli.app, words[1:])
+                assert result.exit_code == 0, (line, result.output, result.exception)
+            elif words[0] == "make":
+                subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+            else:
+                assert words[:2] == ["pip", "install"]
+                wanted = re.fullmatch(r"\.(?:\[(.*)\])?", words[2])
+                assert wanted, line
+                assert set(filter(None, (wanted[1] or "").split(","))) <= set(extras)
+            ran.add(" ".join(words[:2]))
+    assert {"make demo", "make test", "lewm collect", "lewm train", "lewm evaluate", "pip install"} <= ran
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
