@@ -107,3 +107,18 @@ def test_settings_are_json_where_they_parse():
     }
     with pytest.raises(ValueError, match="must be NAME=VALUE, got 'steps'"):
         cli._settings(["steps"])
+    with pytest.raises(ValueError, match="seed has an option of its own, --seed"):
+        cli._settings(["seed=3"])
+
+
+def test_pictures_of_any_kind_become_rgb_and_others_are_refused(tmp_path):
+    import imageio.v3 as imageio
+
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    imageio.imwrite(tmp_path / "grey.png", grey)
+    np.testing.assert_array_equal(cli._picture(tmp_path / "grey.png"), grey[..., None].repeat(3, 2))
+    (tmp_path / "no.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="no.png must be a picture"):
+        cli._picture(tmp_path / "no.png")
+    with pytest.raises(FileNotFoundError):
+        cli._picture(tmp_path / "none.png")

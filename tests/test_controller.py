@@ -240,6 +240,8 @@ def test_it_refuses_calls_that_do_not_fit():
         Controller(model, np.zeros((3, 2)), planner=SMALL)(obs)
     with pytest.raises(ValueError, match=r"env_ids must be 2 integers"):
         Controller(model, GOAL, planner=SMALL, env_id=[1, 2, 3])(obs)
+    with pytest.raises(ValueError, match=r"env_ids must be 2 integers"):
+        Controller(model, GOAL, planner=SMALL, env_id="a")(obs)
     with pytest.raises(ValueError, match=r"mask must have one entry per environment"):
         controller.keep([True, False])
     with pytest.raises(ValueError, match=r"deadline_ms must be a positive number"):

@@ -134,6 +134,39 @@ def test_refresh_sees_new_episodes(path):
     assert store.fingerprint() == Store(path).fingerprint()
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="/proc")
+def test_refresh_opens_no_file_twice(path):
+    store = Store(path)
+    with open_writer(path) as writer:
+        for seed in range(5, 25):
+            writer.append(*make_episode(seed))
+            store.refresh()
+            assert_episode(store, seed, seed)
+        links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        files = [os.readlink(link) for link in links if os.path.islink(link)]
+        data = [file for file in files if file.startswith(str(path)) and file.endswith("1.data")]
+        assert len(data) == 2, "one of the writer, one of the reader"
+
+
+def test_a_path_means_what_it_meant_when_it_was_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = open_writer("s.lewm")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    writer.append(*make_episode(0))
+    monkeypatch.chdir(tmp_path)
+    store = Store("s.lewm")
+    monkeypatch.chdir("elsewhere")
+    assert_episode(store, 0, 0)
+
+
+def test_more_frames_than_memory_holds(tmp_path):
+    with open_writer(tmp_path / "s.lewm", height=4096, width=4096, action_dim=1, columns={}) as writer:
+        writer.append(np.zeros((2, 4096, 4096, 3), np.uint8), np.zeros((1, 1)), {})
+    with pytest.raises(MemoryError, match=r"\(1000000, 4096, 4096, 3\)"):
+        Store(tmp_path / "s.lewm").frames(0, np.zeros(10**6, np.int64))
+
+
 def test_fingerprint_changes_with_the_data(path, tmp_path):
     before = Store(path).fingerprint()
     with open_writer(tmp_path / "same.lewm", metadata="{}") as writer:
@@ -354,6 +387,8 @@ def test_a_cut_catalogue(path, skip_damaged):
         ({"action_dim": 1}, "action_dim is 1, but .* has 2"),
         ({"columns": {"state": 2}}, "columns is .*, but .* has"),
         ({"height": 0}, "height is 0; wants 1 to 4096"),
+        ({"width": -1}, r"width must be an integer in 0..2\^64, got -1"),
+        ({"columns": {"state": -1}}, r'columns\["state"\] must be an integer in 0..2\^64, got -1'),
         ({"metadata": "[]"}, "metadata wants a JSON object"),
         ({"metadata": '{"low": NaN}'}, "metadata is not JSON"),
     ],

@@ -159,9 +159,9 @@ def test_no_episode_is_long_enough(data):
 
 
 def test_bad_windows(data):
-    with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="frames must be an integer of at least 1, got 0"):
         data.windows([0], 0)
-    with pytest.raises(ValueError, match="stride must be at least 1, got -1"):
+    with pytest.raises(ValueError, match="stride must be an integer of at least 1, got -1"):
         data.batch([[0, 0]], 2, -1)
     with pytest.raises(ValueError, match=r"index must be of shape \(B, 2\), got \(1, 3\)"):
         data.batch([[0, 0, 0]], 2)

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import gymnasium
 import numpy as np
 import pytest
 from hypothesis import given
@@ -221,7 +222,7 @@ def test_the_goal_is_the_frame_25_rows_on(data):
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_evaluate_refuses(data):
+def test_evaluate_refuses(data, monkeypatch):
     model = RoomModel()
     with pytest.raises(ValueError, match=r"protocol must be a Protocol or one of two-room-25-50, got 'push'"):
         evaluate(model, "push")
@@ -235,10 +236,20 @@ def test_evaluate_refuses(data):
         evaluate(model, pairs=31, data=data)
     with pytest.raises(ValueError, match=r"pairs must be at most 0, .*held out from training"):
         evaluate(trained_on(data, []), data=data)
+    monkeypatch.setitem(gymnasium.registry, "lewm/Other-v0", gymnasium.spec(TWO_ROOM.env_id))
     with pytest.raises(ValueError, match=r"data must be of lewm/Other-v0, as the protocol, got lewm/TwoRoom-v0"):
         evaluate(model, Protocol("other", "lewm/Other-v0"), data=data)
     with pytest.raises(ValueError, match=r"same actions: lewm/TwoRoom-v0 has Box.*the model 3 numbers"):
         evaluate(PointModel(3, 5, size=32), pairs=2)
+    for env_id, text in (
+        ("CartPole-v1", r"action space is Discrete\(2\); lewm wants continuous, bounded actions"),
+        ("Pendulum-v1", r"no vector form"),
+        ("lewm/Nowhere-v0", r"gymnasium does not know"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            evaluate(model, Protocol("other", env_id), pairs=2)
+    with pytest.raises(TypeError, match=r"model must be a lewm\.Model, got 'm\.safetensors'; lewm\.load reads one"):
+        evaluate("m.safetensors", pairs=2)
     model.stats = None
     with pytest.raises(ValueError, match=r"no action statistics"):
         evaluate(model, pairs=2)

@@ -16,6 +16,7 @@ from lewm._core import cem
 from lewm.config import configure
 from lewm.network import LeWM
 from lewm.pixels import resize_area
+from lewm.torch_backend import TorchBackend
 
 PARITY = Path(__file__).parent / "parity"
 sys.path.insert(0, str(PARITY))
@@ -61,11 +62,14 @@ def test_encode_keeps_leading_axes_and_kinds(model, frames):
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        (np.zeros((3, 16, 16), np.uint8), r"got shape \(3, 16, 16\); this looks like channels first"),
+        (
+            np.zeros((3, 16, 16), np.uint8),
+            r"must be of shape \(\.\.\., H, W, 3\), got \(3, 16, 16\), which looks like channels first",
+        ),
         (np.zeros((16, 16, 3), np.float32), "must be uint8 .*got float32"),
-        (np.zeros((16, 16), np.uint8), r"got shape \(16, 16\)"),
+        (np.zeros((16, 16), np.uint8), r"got \(16, 16\)"),
         (np.zeros((16, 24, 3), np.uint8), r"must be square .*\(16x16\), got 16x24"),
-        (np.zeros((0, 16, 16, 3), np.uint8), "must not be empty"),
+        (np.zeros((0, 16, 16, 3), np.uint8), r"got \(0, 16, 16, 3\)"),
     ],
 )
 def test_frames_of_another_kind_are_refused_by_name(model, bad, text):
@@ -83,6 +87,28 @@ def test_another_size_is_area_resized(model, frames):
     # Every source pixel split into 16 x 16, every target pixel the plain mean of 23 x 23 of them.
     fine = odd.repeat(16, 1).repeat(16, 2).astype(np.float64).reshape(2, 16, 23, 16, 23, 3).mean((2, 4))
     assert np.abs(resize_area(odd, 16) - fine).max() <= 0.5 + 1e-4
+
+
+@pytest.mark.filterwarnings("error")
+def test_flipped_and_read_only_frames_are_taken(model, frames):
+    """What BGR to RGB and a memory map give; torch itself refuses the one and warns of the other."""
+    fixed = frames.copy()
+    fixed.flags.writeable = False
+    np.testing.assert_array_equal(model.encode(frames[..., ::-1]), model.encode(frames[..., ::-1].copy()))
+    np.testing.assert_array_equal(model.encode(fixed), model.encode(frames))
+
+
+def test_what_becomes_of_a_picture_does_not_depend_on_its_batch(frames):
+    large = np.random.default_rng(2).integers(0, 256, (9, 100, 100, 3), dtype=np.uint8)
+    batch = resize_area(large, 64)
+    np.testing.assert_array_equal(np.stack([resize_area(one, 64) for one in large]), batch)
+
+
+def test_a_device_that_is_not_there_is_named():
+    for device in ("cudaa", None if torch.cuda.is_available() else "cuda"):
+        if device:
+            with pytest.raises(ValueError, match=f"device must be one that torch has here, got '{device}'"):
+                TorchBackend(configure("tiny", 2, {})[0], {}, "auto", device)
 
 
 def test_costs_are_the_cost_of_the_rollout():
@@ -143,6 +169,7 @@ def test_units_and_bounds(model):
         ({"mean": [np.nan, 0.0]}, "must be finite"),
         ({"low": [2.0, 0.0]}, "must be below"),
         ({"high": [1.0]}, r"must have shape \(2,\)"),
+        ({"low": [-np.inf, 0.0]}, r"stats\['low'\] must be finite: unbounded actions cannot be planned"),
     ],
 )
 def test_bad_statistics_are_refused(change, text):
@@ -277,6 +304,11 @@ def test_use_and_the_environment_variable(model, tmp_path, monkeypatch):
     model.save(path)
     monkeypatch.setenv("LEWM_MODEL", str(path))
     assert model_module.current().hash() == model.hash()
+    other = make(stats=None)
+    other.save(tmp_path / "other.safetensors")
+    monkeypatch.setenv("LEWM_MODEL", str(tmp_path / "other.safetensors"))
+    assert model_module.current().stats is None
+    assert model_module.current() is model_module.current()
     lewm.use(model)
     assert model_module.current() is model
     lewm.use(None)

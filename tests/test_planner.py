@@ -272,6 +272,7 @@ FRAME = np.zeros((8, 8, 3), np.uint8)
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
+        ({"model": "m.safetensors"}, TypeError, r"model must be a lewm\.Model, got 'm\.safetensors'; lewm\.load reads"),
         ({"obs": FRAME.astype(np.float32)}, ValueError, r"obs must be uint8 in \[0, 255\], got float32"),
         ({"obs": FRAME.astype(np.int64)}, ValueError, r"obs must be uint8 in \[0, 255\], got int64"),
         (
@@ -297,6 +298,7 @@ FRAME = np.zeros((8, 8, 3), np.uint8)
         ({"env_ids": [0, 1]}, ValueError, r"env_ids must be 1 integers .*got \[0, 1\]"),
         ({"env_ids": [-1]}, ValueError, r"env_ids must be .*got \[-1\]"),
         ({"env_ids": [0.0]}, ValueError, r"env_ids must be .*got \[0\.0\]"),
+        ({"deadline_ms": "20"}, ValueError, r"deadline_ms must be a positive number of milliseconds, got '20'"),
         ({"deadline_ms": 0}, ValueError, r"deadline_ms must be a positive number of milliseconds, got 0"),
         ({"init": np.zeros((2, 4))}, ValueError, r"init must be of shape \(3, 4\) or \(1, 3, 4\).*got \(2, 4\)"),
         ({"init": np.full((3, 4), np.nan)}, ValueError, r"init must be finite"),
@@ -321,7 +323,7 @@ FRAME = np.zeros((8, 8, 3), np.uint8)
 def test_plan_refuses(change, error, match):
     arguments = {"obs": FRAME, "goal": FRAME, "planner": SMALL, **change}
     with pytest.raises(error, match=match):
-        plan(arguments.pop("obs"), arguments.pop("goal"), model=PointModel(history=3), **arguments)
+        plan(arguments.pop("obs"), arguments.pop("goal"), **{"model": PointModel(history=3), **arguments})
 
 
 def test_a_model_without_statistics_is_refused():
@@ -381,6 +383,20 @@ def test_the_network_plans_alone_as_in_a_batch(tiny):
     assert (alone.actions <= [1, 0.5]).all()
     goal = tiny.encode(goals[5])
     assert np.square(alone.imagined[-1] - goal).sum() == pytest.approx(alone.cost, rel=1e-9)
+
+
+def test_the_network_in_float32_gives_the_same_plan_for_the_same_seed_bitwise(tiny, tmp_path):
+    from lewm.model import load
+
+    tiny.save(tmp_path / "m.safetensors")
+    model = load(tmp_path / "m.safetensors", device="cpu")
+    assert model.precision == "float32"
+    obs, goal = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    one, again, other = (plan(obs, goal, model=model, planner=SMALL, seed=seed) for seed in (7, 7, 8))
+    assert one.actions.dtype == np.float32
+    np.testing.assert_array_equal(one.actions, again.actions)
+    assert one.cost == again.cost
+    assert not np.array_equal(one.actions, other.actions)
 
 
 def test_the_network_refuses_another_shape_of_picture(tiny):

@@ -20,10 +20,10 @@ TINY = {"encoder_dim": 16, "encoder_mlp": 32, "encoder_depth": 1, "predictor_dim
         "directions": 32, "image_size": 16, "patch_size": 8}  # fmt: skip
 
 
-def write_store(path, episodes=10, length=40, seed=0, size=16, action=None):
+def write_store(path, episodes=10, length=40, seed=0, size=16, action=None, high=1):
     """A square that moves by its actions."""
     rng = np.random.default_rng(seed)
-    metadata = {"action_low": [-1, -1], "action_high": [1, 1], "env_id": "square"}
+    metadata = {"action_low": [-1, -1], "action_high": [high, high], "env_id": "square"}
     with StoreWriter(
         str(path), height=size, width=size, action_dim=2, columns={"state": 2}, metadata=json.dumps(metadata)
     ) as writer:
@@ -163,6 +163,59 @@ def test_a_run_killed_after_a_checkpoint_resumes_from_it(store, tmp_path):
     assert [strip(r) for r in rows(tmp_path / "cut")] == [strip(r) for r in rows(tmp_path / "whole")]
 
 
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(store, tmp_path):
+    arguments = {"preset": "tiny", "device": "cpu", "steps": 12, **TINY}
+    whole = lewm.train(store, out=tmp_path / "whole", **arguments)
+
+    def kill(done, total, metrics):
+        if done == 5:
+            raise GeneratorExit  # neither Ctrl-C nor an error: nothing is saved
+
+    with pytest.raises(GeneratorExit):
+        lewm.train(store, out=tmp_path / "cut", progress=kill, **arguments)
+    resumed = lewm.train(store, out=tmp_path / "cut", resume=True, **arguments)
+    assert resumed.hash() == whole.hash()
+    assert [strip(r) for r in rows(tmp_path / "cut")] == [strip(r) for r in rows(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("log", [None, "", "no,table\nof ours\n"])
+def test_a_finished_run_resumes_to_the_same_model_and_without_its_log(store, tmp_path, log):
+    arguments = {"preset": "tiny", "out": tmp_path / "run", "device": "cpu", "steps": 3, **TINY}
+    whole = lewm.train(store, **arguments)
+    path = tmp_path / "run" / "metrics.csv"
+    path.unlink() if log is None else path.write_text(log)
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert lewm.train(store, resume=True, **arguments).hash() == whole.hash()
+    assert lewm.load(tmp_path / "run").hash() == whole.hash()
+    assert path.read_text() == ",".join(trainer._COLUMNS) + "\n"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_what_to_do(store, tmp_path):
+    settings = {**TINY, "steps": 60, "learning_rate": 1e30, "clip": 1e30}
+    with pytest.raises(FloatingPointError, match=r"lower learning_rate \(now 1e\+30\)"):
+        lewm.train(store, preset="tiny", out=tmp_path / "run", device="cpu", **settings)
+
+
+def test_the_probe_takes_any_number_of_frames(tmp_path):
+    """One more than whole parts of 512 left a part of one frame, which has no batch statistics."""
+    data = write_store(tmp_path / "s.lewm", episodes=40, length=30)
+    run = trainer._Run(
+        data, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 1}), tmp_path / "run", 0, "cpu", False
+    )
+    run.data = Frames(data, [16] * 31 + [15, 2])
+    with torch.no_grad():
+        z, states = run._latents_and_states(np.arange(33), np.random.default_rng(0))
+    assert z.shape == (513, 8)
+    assert states.shape == (513, 2)
+
+
+class Frames:
+    """A data set as if its episodes had these lengths."""
+
+    def __init__(self, data, lengths):
+        self.frames, self.column, self.lengths = data.frames, data.column, np.array(lengths)
+
+
 def test_training_leaves_the_global_generators_alone(store, tmp_path):
     torch.manual_seed(7)
     np.random.seed(7)  # noqa: NPY002 (the legacy global state is what must not move)
@@ -204,7 +257,9 @@ def test_bad_data_is_refused_before_anything_is_written(tmp_path):
     constant = write_store(tmp_path / "c.lewm", action=lambda n: np.full((n, 2), 0.5, np.float32) * [1, 0])
     short = write_store(tmp_path / "s.lewm", length=10)
     few = write_store(tmp_path / "f.lewm", episodes=2, length=17)
+    reversed_bounds = write_store(tmp_path / "r.lewm", high=-2)
     for data, text in (
+        (reversed_bounds, r"stats\['low'\] must be below stats\['high'\]"),
         (constant, "constant"),
         (short, "long enough|at least 16 frames|16"),
         (few, "at least batch_size = 16 training windows"),
@@ -215,6 +270,10 @@ def test_bad_data_is_refused_before_anything_is_written(tmp_path):
         lewm.train(constant, preset="tiny", out=tmp_path / "run", history=4, device="cpu", **TINY)
     with pytest.raises(TypeError, match="is no setting of model or training"):
         lewm.train(constant, preset="tiny", out=tmp_path / "run", lr=1e-3, device="cpu")
+    with pytest.raises(ValueError, match="checkpoint_every must be an integer of at least 1, got 0"):
+        lewm.train(few, preset="tiny", out=tmp_path / "run", checkpoint_every=0, device="cpu")
+    with pytest.raises(ValueError, match="device must be one that torch has here, got 'cudaa'"):
+        lewm.train(few, preset="tiny", out=tmp_path / "run", device="cudaa")
     with pytest.raises(ValueError, match="seed must be"):
         lewm.train(constant, preset="tiny", out=tmp_path / "run", seed=-1, device="cpu")
     assert not (tmp_path / "run").exists()

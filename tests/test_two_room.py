@@ -191,10 +191,14 @@ def test_actions_of_another_number_of_environments():
         env.step(np.zeros((3, 2)))
 
 
-@pytest.mark.parametrize("env", [TwoRoomEnv(), TwoRoomVectorEnv(2)])
-def test_step_before_reset(env):
+@pytest.mark.parametrize(
+    "env", [TwoRoomEnv("rgb_array"), TwoRoomEnv("human"), TwoRoomVectorEnv(2, render_mode="rgb_array")]
+)
+def test_nothing_works_before_reset(env):
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step(np.zeros(env.action_space.shape))
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.render()
 
 
 @pytest.mark.parametrize(
@@ -317,9 +321,8 @@ def test_make_vec():
 def test_registering_is_light_and_repeatable():
     code = (
         "import sys, warnings; warnings.simplefilter('error')\n"
-        "import lewm.envs; assert 'gymnasium' not in sys.modules\n"
-        "lewm.envs.register(); lewm.envs.register()\n"
-        "import gymnasium; assert 'lewm/TwoRoom-v0' in gymnasium.registry\n"
+        "import gymnasium, lewm; assert 'lewm/TwoRoom-v0' in gymnasium.registry\n"
+        "lewm.envs.register()\n"
         "assert 'lewm.envs.two_room' not in sys.modules and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

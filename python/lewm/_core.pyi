@@ -127,6 +127,8 @@ class StoreWriter:
     def append(self, frames: NDArray[np.uint8], actions: ArrayLike, columns: dict[str, ArrayLike]) -> int:
         """Appends an episode; it is committed, and on the disk, when this returns its number.
 
+        Episodes that other writers append at the same time are not counted in it.
+
         Args:
             frames: uint8 of shape (N, height, width, 3), N at least 2.
             actions: Finite real numbers of shape (N-1, A), kept as float32.

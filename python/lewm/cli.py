@@ -113,14 +113,11 @@ def plan(
     ] = None,
 ) -> None:
     """Plan from one picture to another; prints JSON."""
-    import imageio.v3 as imageio
-
     from lewm.model import load
     from lewm.planner import plan
 
     loaded = load(model)
-    pictures = [imageio.imread(path)[..., :3] for path in (obs, goal)]
-    found = plan(*pictures, model=loaded, seed=seed, planner=_planner(loaded, planner))
+    found = plan(_picture(obs), _picture(goal), model=loaded, seed=seed, planner=_planner(loaded, planner))
     answer = {
         "action": found.action.tolist(),
         "actions": found.actions.tolist(),
@@ -161,6 +158,18 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
+def _picture(path: Path) -> Any:
+    """The picture in a file, (H, W, 3) uint8 RGB."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} must be a picture, as PNG or JPEG") from None
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """["steps=300"] -> {"steps": 300}; values are JSON where they parse as such, else text."""
     settings: dict[str, Any] = {}
@@ -168,6 +177,8 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"a setting must be NAME=VALUE, got {pair!r}")
+        if name in ("data", "preset", "out", "seed", "resume", "device"):
+            raise ValueError(f"{name} has an option of its own, --{name}; got it as a setting")
         try:
             settings[name] = json.loads(text)
         except json.JSONDecodeError:
@@ -189,7 +200,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, StoreError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError, StoreError) as error:
         typer.secho("error: ", fg="red", err=True, nl=False)
         typer.echo(error, err=True)
         sys.exit(2)

@@ -13,6 +13,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from lewm._core import StoreWriter, __version__
+from lewm.checks import integer
 from lewm.data import Dataset
 
 Policy = Callable[[np.ndarray, np.ndarray, Sequence[np.random.Generator]], np.ndarray]
@@ -47,29 +48,30 @@ def collect(
     Ctrl-C leaves every episode that was finished, and the same call again adds those that are missing.
 
     Args:
-        env_id: a gymnasium id whose vector form (`vector_entry_point`) takes `size`, `obs_type="pixels"`,
+        env_id: A gymnasium id whose vector form (`vector_entry_point`) takes `size`, `obs_type="pixels"`,
             `max_episode_steps` and `autoreset_mode=AutoresetMode.DISABLED`, a list of seeds in `reset`, and reports
             `state` (N, C) and `goal_state` (N, G) in its info, as `lewm/TwoRoom-v0` does.
-        path: folder of the store; made if it is not there.
-        episodes: how many the store holds in the end.
-        size: side of the pictures in pixels.
-        seed: a whole number of at least 0.
+        path: Folder of the store; made if it is not there.
+        episodes: How many the store holds in the end.
+        size: Side of the pictures in pixels.
+        seed: A whole number of at least 0.
         policy: "expert" (the environment's own `expert_policy()`), "random" (uniform within the action bounds), or
             a callable `(states (N, C), goals (N, G), rngs) -> actions (N, A)`. `rngs` is a list of N generators, one
             for each row: what row i draws from `rngs[i]` is what makes the store reproducible. Actions are clipped
             to the action bounds and stored so.
-        num_envs: environments that run at once; None chooses up to 32, fewer where pictures are large.
-        max_steps: longest episode, in steps.
-        env_kwargs: further arguments for the environment, such as `{"goal_rule": "anywhere"}`; plain JSON data.
-        progress: called as `progress(done, total, frames)` after each episode: episodes in the store, episodes
+        num_envs: Environments that run at once; None chooses up to 32, fewer where pictures are large.
+        max_steps: Longest episode, in steps.
+        env_kwargs: Further arguments for the environment, such as `{"goal_rule": "anywhere"}`; plain JSON data.
+        progress: Called as `progress(done, total, frames)` after each episode: episodes in the store, episodes
             wanted, and frames that this call has written.
 
     Returns:
         The store, opened for reading.
 
     Raises:
-        ValueError: an argument that cannot be, an unknown environment, one with a discrete or unbounded action space
-            or without a vector form, a policy whose actions have another shape or are not finite, or a store that was
+        TypeError: A number that is not whole.
+        ValueError: An argument that cannot be, an unknown environment, one with a discrete or unbounded action space
+            or without a vector form, a policy whose actions have another shape or are NaN, or a store that was
             made with other arguments (the message names them) or already holds more episodes.
     """
     for name, value, least in (
@@ -78,10 +80,10 @@ def collect(
         ("seed", seed, 0),
         ("max_steps", max_steps, 1),
     ):
-        _check_whole(name, value, least)
+        integer(name, value, least)
     if num_envs is None:
         num_envs = min(32, max(1, _BATCH_BYTES // ((max_steps + 1) * size * size * 3)))
-    _check_whole("num_envs", num_envs, 1)
+    integer("num_envs", num_envs, 1)
 
     env = _make(env_id, min(num_envs, episodes), size=size, max_steps=max_steps, env_kwargs=env_kwargs or {})
     try:
@@ -121,11 +123,11 @@ def generate(env: VectorEnv, policy: Policy, *, seed: int, episodes: range, max_
     """Yields the given episodes in order, as many at a time as `env` has environments.
 
     Args:
-        env: a vector environment as `collect` describes it.
-        policy: as in `collect`, a callable.
-        seed: of the whole data set.
-        episodes: numbers of the episodes wanted.
-        max_steps: longest episode, in steps; the environment truncates there.
+        env: A vector environment as `collect` describes it.
+        policy: As in `collect`, a callable.
+        seed: Of the whole data set.
+        episodes: Numbers of the episodes wanted.
+        max_steps: Longest episode, in steps; the environment truncates there.
     """
     low, high = env.single_action_space.low, env.single_action_space.high
     count = env.num_envs
@@ -185,7 +187,7 @@ def space_of(env_id: str) -> gymnasium.spaces.Box:
     """The action space of an environment that lewm can act in.
 
     Raises:
-        ValueError: gymnasium does not know or cannot make it, its actions are discrete or unbounded, or it has no
+        ValueError: It is unknown or cannot be made, its actions are discrete or unbounded, or it has no
             vector form.
     """
     try:
@@ -238,8 +240,3 @@ def _resume(path: Path, recipe: dict[str, Any], episodes: int) -> tuple[int, str
     if len(there) > episodes:
         raise ValueError(f"episodes is {episodes}, but the store at {str(path)!r} already holds {len(there)}")
     return len(there), json.dumps(there.metadata)
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")

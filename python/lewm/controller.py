@@ -30,24 +30,24 @@ __all__ = ["Controller"]
 class Controller:
     """Call it once per environment step with the newest picture; it answers with the next raw action.
 
-    It plans when the actions of its last plan are used up, once per ``execute * action_block`` calls. For a model
+    It plans when the actions of its last plan are used up, once per `execute * action_block` calls. For a model
     with a history it keeps the latents of the frames at the block boundaries and the blocks executed between them;
     after a reset the history is short and grows, it is never padded. E environments in lockstep are controlled by
     one controller when pictures are (E, H, W, 3).
 
     Args:
-        model: what plans.
-        goal: a picture, latents, or one of either per environment, as in `lewm.plan`; encoded once.
-        planner: by default the one that the model file names, else ``CEM()``.
-        execute: blocks of each plan to execute before the next; by default all, as in the paper.
-        deadline_ms: per planning call, see `lewm.plan`.
-        seed: of the noise, see `lewm.plan`.
-        env_id: of the noise: an int (environments of a batch count up from it) or one per environment.
-        warm_start: start a search from the rest of the last plan, filled up with mean actions. Without effect when
+        model: What plans.
+        goal: A picture, latents, or one of either per environment, as in `lewm.plan`; encoded once.
+        planner: By default the one that the model file names, else `CEM()`.
+        execute: Blocks of each plan to execute before the next; by default all, as in the paper.
+        deadline_ms: Per planning call, see `lewm.plan`.
+        seed: Of the noise, see `lewm.plan`.
+        env_id: Of the noise: an int (environments of a batch count up from it) or one per environment.
+        warm_start: Start a search from the rest of the last plan, filled up with mean actions. Without effect when
             whole plans are executed.
 
     Attributes:
-        plan: the last `lewm.Plan`, None before the first.
+        plan: The last `lewm.Plan`, None before the first.
 
     Not thread-safe: a call during another one raises RuntimeError.
     """
@@ -76,7 +76,7 @@ class Controller:
         self.reset(goal)
 
     def reset(self, goal: Any = None) -> None:
-        """Forget everything, as if new; with a goal, steer to that one from now on."""
+        """Forgets everything, as if new; with a goal, steers to that one from now on."""
         if goal is not None:
             self._goal = encode_goal(self.model, goal)
         self.plan: Plan | None = None
@@ -100,8 +100,8 @@ class Controller:
             (A_raw,) or (E, A_raw); a tensor if obs is one.
 
         Raises:
-            TypeError, ValueError: as `lewm.plan`; or `executed` does not fit. The controller is then unchanged.
-            RuntimeError: another thread is inside a call.
+            TypeError, ValueError: As `lewm.plan`; or `executed` does not fit. The controller is then unchanged.
+            RuntimeError: Another thread is inside a call.
         """
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("this Controller is in use by another thread: give each thread a Controller of its own")
@@ -111,7 +111,7 @@ class Controller:
             self._lock.release()
 
     def keep(self, mask: Any) -> None:
-        """Go on with some environments of a batch only: (E,) bool, True for those to keep."""
+        """Goes on with some environments of a batch only: (E,) bool, True for those to keep."""
         mask = np.asarray(mask, dtype=bool)
         if self._actions is None or mask.shape != (len(self._actions),):
             raise ValueError(f"mask must have one entry per environment that was controlled so far, got {mask.shape}")
@@ -180,7 +180,7 @@ class Controller:
 
     def _env_ids(self, environments: int) -> np.ndarray:
         ids = np.asarray(self.env_id)
-        return ids + np.arange(environments) if ids.ndim == 0 else ids
+        return ids + np.arange(environments) if ids.ndim == 0 and ids.dtype.kind in "iu" else ids
 
     def _first_mean(self) -> np.ndarray | None:
         if self._mean is None or not self.warm_start:

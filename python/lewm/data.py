@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lewm._core import Store
+from lewm.checks import integer
 
 
 class Dataset:
@@ -183,7 +184,7 @@ class Dataset:
             ValueError: No episode is long enough.
         """
         chosen = self._episodes(episodes)
-        needed = (_at_least_one("frames", frames) - 1) * _at_least_one("stride", stride) + 1
+        needed = (integer("frames", frames, 1) - 1) * integer("stride", stride, 1) + 1
         lengths = self.lengths[chosen]
         counts = np.maximum(lengths - needed + 1, 0)
         if not counts.any():
@@ -210,7 +211,7 @@ class Dataset:
         index = _integers("index", index, 2)
         if index.shape[1] != 2:
             raise ValueError(f"index must be of shape (B, 2), got {index.shape}")
-        frames, stride = _at_least_one("frames", frames), _at_least_one("stride", stride)
+        frames, stride = integer("frames", frames, 1), integer("stride", stride, 1)
         episodes, starts = index.T.copy()
         pixels = self._store.windows(episodes, starts, frames, stride)
         actions, offsets = self._actions
@@ -279,10 +280,3 @@ def _integers(name: str, values: ArrayLike, dimensions: int) -> np.ndarray:
     if array.ndim != dimensions or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"{name} must be a {dimensions}-d array of integers, got {array.dtype} of shape {array.shape}")
     return array.astype(np.int64)
-
-
-def _at_least_one(name: str, value: int) -> int:
-    number = operator.index(value)
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return number

@@ -45,12 +45,12 @@ class Protocol:
     """What is to be solved (paper App. F.1; version 3 of the paper has 25/50 for every environment).
 
     Args:
-        name: as in `PROTOCOLS`.
-        env_id: gymnasium id of an environment with a vector entry point that resets to any state.
-        goal_offset: the goal is the state this many steps after the start, in the same episode.
-        budget: steps to reach it in.
-        pairs: start/goal pairs, one per episode.
-        seed: of the episodes and of the starts within them.
+        name: As in `PROTOCOLS`.
+        env_id: Gymnasium id of an environment with a vector entry point that resets to any state.
+        goal_offset: The goal is the state this many steps after the start, in the same episode.
+        budget: Steps to reach it in.
+        pairs: Start/goal pairs, one per episode.
+        seed: Of the episodes and of the starts within them.
     """
 
     name: str
@@ -74,23 +74,23 @@ class Result:
     """What `evaluate` found; `to_dict` is the result JSON.
 
     Attributes:
-        success_rate: share of the pairs solved, those that were solved at the start included.
-        interval: its 95 % Wilson interval.
-        random_floor, random_interval: the same for uniformly random actions on the same pairs.
-        n: number of pairs.
-        solved_at_start: pairs whose start already counts as the goal.
+        success_rate: Share of the pairs solved, those that were solved at the start included.
+        interval: Its 95 % Wilson interval.
+        random_floor, random_interval: The same for uniformly random actions on the same pairs.
+        n: Number of pairs.
+        solved_at_start: Pairs whose start already counts as the goal.
         plan_ms: "p50" and "p95" of the latency of plans for a single environment, in milliseconds.
-        protocol, planner: all their fields.
-        execute: blocks of each plan that were executed.
-        seed: of the planner's noise and of the random actions.
-        data: fingerprint of the data set the pairs are from; None if the protocol made its own episodes.
-        model_hash, backend, precision: of the model.
-        versions: of the software, and the CPU.
-        seconds: wall time of the whole evaluation.
-        success: per pair, for paired comparisons with another result of the same protocol.
-        random_success: per pair, of the random policy.
-        distance: per pair, to the goal when it was solved or the budget was spent, in the environment's unit.
-        pairs: per pair, (episode, row of the start).
+        protocol, planner: All their fields.
+        execute: Blocks of each plan that were executed.
+        seed: Of the planner's noise and of the random actions.
+        data: Fingerprint of the data set the pairs are from; None if the protocol made its own episodes.
+        model_hash, backend, precision: Of the model.
+        versions: Of the software, and the CPU.
+        seconds: Wall time of the whole evaluation.
+        success: Per pair, for paired comparisons with another result of the same protocol.
+        random_success: Per pair, of the random policy.
+        distance: Per pair, to the goal when it was solved or the budget was spent, in the environment's unit.
+        pairs: Per pair, (episode, row of the start).
     """
 
     success_rate: float
@@ -120,7 +120,7 @@ class Result:
         return asdict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON atomically: the file is the whole result or not there."""
+        """Writes the JSON atomically: the file is the whole result or not there."""
         write_atomically(path, json.dumps(self.to_dict(), indent=2).encode())
 
     def __str__(self) -> str:
@@ -149,28 +149,28 @@ def evaluate(
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Measure how often the model's plans reach the goal.
+    """Measures how often the model's plans reach the goal.
 
     A pair is solved when the environment terminates at any step within the budget, or is at the goal at the start.
-    Start and goal are frames ``goal_offset`` apart in one episode, one pair per episode. By default the episodes are
-    the protocol's own: fresh ones of the scripted policy, drawn under a key that no ``lewm.collect`` can use, so that
+    Start and goal are frames `goal_offset` apart in one episode, one pair per episode. By default the episodes are
+    the protocol's own: fresh ones of the scripted policy, drawn under a key that no `lewm.collect` can use, so that
     they are held out from any training and the same for every model.
 
     Args:
-        model: what plans.
-        protocol: a name in `PROTOCOLS` or a `Protocol`.
-        pairs: number of pairs, by default the protocol's. The first n pairs are the same whatever the number.
-        planner: by default the one that the model file names, else ``CEM()``.
-        execute: blocks of each plan to execute before the next; by default all.
-        seed: of the planner's noise and of the random actions.
-        data: take the pairs from this `lewm.Dataset` (or its path) instead: if the model was trained on it, from the
+        model: What plans.
+        protocol: A name in `PROTOCOLS` or a `Protocol`.
+        pairs: Number of pairs, by default the protocol's. The first n pairs are the same whatever the number.
+        planner: By default the one that the model file names, else `CEM()`.
+        execute: Blocks of each plan to execute before the next; by default all.
+        seed: Of the planner's noise and of the random actions.
+        data: Take the pairs from this `lewm.Dataset` (or its path) instead: if the model was trained on it, from the
             episodes that training held out, else from all. Without `pairs`, as many as there are, up to the protocol's.
-        out: also write the result JSON here.
-        batch: environments planned for at once; changes speed and memory only.
-        progress: called with (pairs done, pairs).
+        out: Also write the result JSON here.
+        batch: Environments planned for at once; changes speed and memory only.
+        progress: Called with (pairs done, pairs).
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or model, data and environment do not fit together.
+        TypeError, ValueError: An argument is not as described, or model, data and environment do not fit together.
     """
     started = time.perf_counter()
     protocol = _protocol(protocol)
@@ -231,7 +231,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a success rate, low and high in [0, 1].
 
     Raises:
-        ValueError: n is below 1, or successes are not between 0 and n.
+        ValueError: `n` is below 1, or successes are not between 0 and n.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes must be from 0 to n, and n at least 1, got {successes} of {n}")

@@ -30,7 +30,7 @@ def prediction_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         A scalar, float32 (float64 if an argument is).
 
     Raises:
-        ValueError: if the shapes differ (nothing is broadcast).
+        ValueError: If the shapes differ (nothing is broadcast).
     """
     if pred.shape != target.shape:
         raise ValueError(f"pred and target must have the same shape, got {tuple(pred.shape)} and {tuple(target.shape)}")
@@ -63,7 +63,7 @@ def sigreg_directions(
         Directions of shape (D, P); every column has norm 1.
 
     Raises:
-        ValueError: if dim or count is below 1, or seed or step below 0.
+        ValueError: If dim or count is below 1, or seed or step below 0.
     """
     for name, value, low in (("dim", dim, 1), ("count", count, 1), ("seed", seed, 0), ("step", step, 0)):
         if value < low:
@@ -99,8 +99,8 @@ def sigreg(z: torch.Tensor, directions: torch.Tensor, *, knots: int = 17, backen
         A scalar, float32 (float64 for float64 z).
 
     Raises:
-        TypeError: if z or directions is not floating.
-        ValueError: for wrong or empty shapes, devices that differ, fewer than 2 knots, an unknown backend, or "triton"
+        TypeError: If z or directions is not floating.
+        ValueError: For wrong or empty shapes, devices that differ, fewer than 2 knots, an unknown backend, or "triton"
             where it cannot run.
     """
     if _resolve(z, directions, knots, backend) == "triton":
@@ -129,8 +129,8 @@ def characteristic_function(
         knots 1 .. K-1. Knot 0 is left out: there it is 1 whatever z is.
 
     Raises:
-        TypeError: as `sigreg`.
-        ValueError: as `sigreg`.
+        TypeError: As `sigreg`.
+        ValueError: As `sigreg`.
     """
     if _resolve(z, directions, knots, backend) == "triton":
         from lewm.kernels.sigreg import sigreg_forward

@@ -26,7 +26,7 @@ class Model:
 
     Attributes:
         config: The architecture.
-        stats: mean, std, low, high per raw action dimension, float64 in raw units; None: it cannot plan.
+        stats: A dict of mean, std, low, high per raw action dimension, float64 in raw units; None: it cannot plan.
         meta: The rest of the model file's header: preset, planner, data, training.
         backend: What runs it.
         precision: What it computes in.
@@ -73,7 +73,7 @@ class Model:
         Args:
             weights: State dict under the official key names (transformers 4 or 5), arrays or tensors.
             preset: The architecture; the action width is read off the weights.
-            stats: mean, std, low and high per raw action dimension, raw units; needed to plan.
+            stats: A dict of mean, std, low and high per raw action dimension, raw units; needed to plan.
             backend, precision, device: See `lewm.load`.
             **overrides: Fields of `ModelConfig` that differ from the preset.
 
@@ -297,6 +297,7 @@ _current: Model | None = None
 def use(model: Model | str | os.PathLike[str] | None) -> Model | None:
     """Makes `model` (or the model file at that path) the one that `lewm.plan` uses; None forgets it."""
     global _current
+    _loaded.cache_clear()
     _current = model if model is None or isinstance(model, Model) else load(model)
     return _current
 

@@ -34,7 +34,7 @@ def checked(frames: Any, name: str, leading: tuple[int, ...] | None = None) -> A
     else:
         axes = ("E", "T")[: max(leading)]
         forms = " or ".join(f"({', '.join((*axes[len(axes) - n :], 'H', 'W', '3'))})" for n in leading)
-    wish = f"{name} must be uint8 RGB of shape {forms}, got {shape}"
+    wish = f"{name} must be of shape {forms}, got {shape}"
     if len(shape) >= 3 and shape[-1] != 3 and shape[-3] == 3:
         raise ValueError(f"{wish}, which looks like channels first: use np.moveaxis({name}, -3, -1)")
     if len(shape) < 3 or shape[-1] != 3 or 0 in shape or (leading is not None and len(shape) - 3 not in leading):

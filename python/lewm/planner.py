@@ -29,17 +29,17 @@ class CEM:
     the best candidate and the final mean is returned, with its own cost.
 
     Args:
-        samples: candidates per iteration and environment.
-        iterations: rounds of sample, score, refit. A deadline may end them earlier.
-        elites: how many of the best candidates the next mean and standard deviation are fitted to.
-        horizon: length of a plan, in action blocks.
-        init_std: first standard deviation, in normalised action units.
-        min_std: floor of the standard deviation, in normalised action units. Unused with ``reference``.
-        reference: the official update exactly: no bounds, no floor, and the last mean is returned, unclipped.
+        samples: Candidates per iteration and environment.
+        iterations: Rounds of sample, score, refit. A deadline may end them earlier.
+        elites: How many of the best candidates the next mean and standard deviation are fitted to.
+        horizon: Length of a plan, in action blocks.
+        init_std: First standard deviation, in normalised action units.
+        min_std: Floor of the standard deviation, in normalised action units. Unused with `reference`.
+        reference: The official update exactly: no bounds, no floor, and the last mean is returned, unclipped.
 
     Raises:
-        TypeError: a count is not an integer.
-        ValueError: a setting is out of range.
+        TypeError: A count is not an integer.
+        ValueError: A setting is out of range.
     """
 
     samples: int = 300
@@ -70,16 +70,16 @@ class Plan:
 
     Attributes:
         actions: (H * action_block, A_raw) raw actions in order of execution, in the model's float type.
-        cost: the plan's own cost, the sum over the embedding of the squared distance to the goal after H blocks;
-            with ``CEM(reference=True)`` the mean cost of the last elites, as the official code reports it.
-        latency_ms: wall time of the whole call in milliseconds, encoding included.
-        backend, precision: what ran the model.
-        deadline_hit: whether the deadline ended the search before all its iterations.
-        clipped: fraction of the candidates' entries that the action bounds moved.
-        iterations: iterations that were run.
+        cost: The plan's own cost, the sum over the embedding of the squared distance to the goal after H blocks;
+            with `CEM(reference=True)` the mean cost of the last elites, as the official code reports it.
+        latency_ms: Wall time of the whole call in milliseconds, encoding included.
+        backend, precision: What ran the model.
+        deadline_hit: Whether the deadline ended the search before all its iterations.
+        clipped: Fraction of the candidates' entries that the action bounds moved.
+        iterations: Iterations that were run.
         trace: (iterations,) mean cost of the elites of each iteration; (iterations, E) for a batch.
-        mean: (H, A) final mean in normalised blocks; shifted, it is the ``init`` of the next plan.
-        imagined: (H + 1, D) latents of the plan, now first; only with ``return_rollout=True``.
+        mean: (H, A) final mean in normalised blocks; shifted, it is the `init` of the next plan.
+        imagined: (H + 1, D) latents of the plan, now first; only with `return_rollout=True`.
     """
 
     actions: Any
@@ -114,34 +114,34 @@ def plan(
     deadline_ms: float | None = None,
     return_rollout: bool = False,
 ) -> Plan:
-    """Find the actions that lead from `obs` to `goal`.
+    """Finds the actions that lead from `obs` to `goal`.
 
     Args:
         obs: (H, W, 3) uint8 picture of now, or (E, H, W, 3) of E environments. With `past_actions`, which say that
             there is a history, obs carries it: the last T frames, one per block, oldest first, as (T, H, W, 3) or
             (E, T, H, W, 3).
-        goal: a picture or a batch of them, or latents (D,) or (E, D) from ``model.encode``, which saves encoding them
+        goal: A picture or a batch of them, or latents (D,) or (E, D) from `model.encode`, which saves encoding them
             again. One goal serves all environments.
-        model: what plans; by default the one set with ``lewm.use`` or LEWM_MODEL.
-        planner: by default the one that the model file names, else ``CEM()``.
-        seed: together with `env_ids` and `plan_index` it determines the noise, and nothing else does.
+        model: What plans; by default the one set with `lewm.use` or LEWM_MODEL.
+        planner: By default the one that the model file names, else `CEM()`.
+        seed: Together with `env_ids` and `plan_index` it determines the noise, and nothing else does.
         env_ids: (E,) an id below 2**32 per environment, by default 0, 1, ...: an environment gets the same noise alone
             or in any batch.
-        plan_index: number of this plan within its episode, for fresh noise in each.
-        past_actions: raw actions executed between the T frames of obs, (T-1, block * A_raw) or (T-1, block, A_raw),
+        plan_index: Number of this plan within its episode, for fresh noise in each.
+        past_actions: Raw actions executed between the T frames of obs, (T-1, block * A_raw) or (T-1, block, A_raw),
             with a leading E where obs has one. They are given to the model as they are and never optimised.
-        init: warm start, the first mean in normalised blocks, (H, A) or (E, H, A); by default zeros, the mean action.
-        deadline_ms: return the best found so far after this time, counted from the call; one iteration always runs.
-        return_rollout: also give the imagined latents.
+        init: Warm start, the first mean in normalised blocks, (H, A) or (E, H, A); by default zeros, the mean action.
+        deadline_ms: Return the best found so far after this time, counted from the call; one iteration always runs.
+        return_rollout: Also give the imagined latents.
 
     Returns:
         The plan. If obs is a torch tensor, its actions are one on the same device.
 
     Raises:
-        TypeError: the planner is not a `CEM`, or a count not an integer.
-        ValueError: pixels are not uint8, a shape, a batch or a number is not as described, or the model has no action
+        TypeError: The planner is not a `CEM`, or a count not an integer.
+        ValueError: Pixels are not uint8, a shape, a batch or a number is not as described, or the model has no action
             statistics.
-        RuntimeError: no model is given or set.
+        RuntimeError: No model is given or set.
     """
     started = time.perf_counter()
     if model is None:
@@ -193,13 +193,13 @@ def plan_latents(
     return_rollout: bool = False,
     started: float | None = None,
 ) -> Plan:
-    """Plan from latents: what `plan` and `Controller` do once the pictures are encoded.
+    """Plans from latents: what `plan` and `Controller` do once the pictures are encoded.
 
     Args:
         z: (E, T, D) latents of the last T frames. Their float type is the one that candidates are scored in.
         goal: (E, D) latents.
         past_blocks: (E, T-1, A) raw actions between the frames; None if T is 1.
-        started: ``time.perf_counter()`` at the start of the call, which latency and deadline count from.
+        started: `time.perf_counter()` at the start of the call, which latency and deadline count from.
 
     Returns:
         A plan whose arrays all have the leading axis E. The other arguments are those of `plan`.

@@ -19,14 +19,14 @@ class Bar:
         self._task = self._progress.add_task("", total=None, rate="", note="")
 
     def __enter__(self) -> Bar:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def count(self, done: int, total: int, note: str = "") -> None:
-        """`done` of `total`, with a note."""
+        """`done` of `total`, with a note. The bar appears with the first call: not before arguments are checked."""
+        self._progress.start()
         task = self._progress.tasks[0]
         rate = f"{task.speed:.3g}/s" if task.speed else ""
         self._progress.update(self._task, completed=done, total=total, rate=rate, note=note)

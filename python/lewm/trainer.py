@@ -91,8 +91,10 @@ def train(
 
     Raises:
         ValueError: Data that cannot be trained on (a constant or non-finite action column, no episode long enough),
-            a setting out of its domain, a folder in use, a run to resume that has other data or settings.
+            a setting out of its domain, a device that is not there, a folder in use, a run to resume that has other
+            data or settings.
         TypeError: An unknown setting.
+        FloatingPointError: The loss is not finite any more.
         KeyboardInterrupt: After the checkpoint is written.
     """
     data = data if isinstance(data, Dataset) else Dataset(data)
@@ -318,8 +320,8 @@ class _Run:
         row = {name: float(value) for name, value in losses.items()}
         if not math.isfinite(row["loss"]) or not math.isfinite(row["gradient_norm"]):
             raise FloatingPointError(
-                f"step {self.step} has loss {row['loss']} and gradient norm {row['gradient_norm']}: lower learning_rate "
-                f"(now {self.config.learning_rate:g}); the last checkpoint in {self.out} is intact"
+                f"at step {self.step} the loss is {row['loss']} and the gradient's norm {row['gradient_norm']}: "
+                f"lower learning_rate (now {self.config.learning_rate:g}); the last checkpoint in {self.out} is intact"
             )
         row.update(
             step=self.step,
@@ -498,11 +500,11 @@ class _BatchStatistics:
 
     def __enter__(self) -> None:
         self.network.eval()
+        self.kept = []
         for norm in self._norms():
+            self.kept.append((norm, norm.running_mean, norm.running_var))
             norm.train()
             norm.track_running_stats = False
-            self.kept = getattr(self, "kept", [])
-            self.kept.append((norm, norm.running_mean, norm.running_var))
             norm.running_mean = norm.running_var = None
 
     def __exit__(self, *_: object) -> None:

@@ -270,7 +270,7 @@ class TwoRoomEnv(gymnasium.Env):
             gymnasium.logger.warn('render() does nothing without a render_mode: make(..., render_mode="rgb_array")')
             return None
         if self.render_mode == "rgb_array":
-            return render_states(self._states, self.size)[0]
+            return render_states(_started(self._states), self.size)[0]
         self._draw()
         return None
 
@@ -282,11 +282,10 @@ class TwoRoomEnv(gymnasium.Env):
         return _observe(self._states, self._goals, self.size, self.obs_type)[0], info
 
     def _draw(self) -> None:
-        (x, y), (goal_x, goal_y) = self._states[0], self._goals[0]
+        (x, y), (goal_x, goal_y) = _started(self._states)[0], self._goals[0]
         picture = _half_blocks(render_states(self._states, _TERMINAL_SIZE)[0])
-        live = (
-            sys.stdout.isatty()
-        )  # a live terminal shows one picture that moves; anything else gets one after the other
+        # A live terminal shows one picture that moves, anything else gets one after the other.
+        live = sys.stdout.isatty()
         up = f"\x1b[{_TERMINAL_SIZE // 2 + 1}A" if live and self._drawn else ""
         print(f"{up}{picture}\nagent {x:5.1f} {y:5.1f}   goal {goal_x:5.1f} {goal_y:5.1f}", flush=True)
         self._drawn = True
@@ -394,7 +393,7 @@ class TwoRoomVectorEnv(VectorEnv):
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """N pictures (size, size, 3) uint8 in mode "rgb_array", else None."""
-        return tuple(render_states(self._states, self.size)) if self.render_mode == "rgb_array" else None
+        return tuple(render_states(_started(self._states), self.size)) if self.render_mode == "rgb_array" else None
 
     def expert_policy(self) -> ExpertPolicy:
         """The behaviour policy that `lewm.collect(..., policy="expert")` uses."""
@@ -475,9 +474,14 @@ def _info(states: np.ndarray, goals: np.ndarray) -> dict[str, np.ndarray]:
     return {"state": states.copy(), "goal_state": goals.copy(), "success": success, "distance": distance}
 
 
-def _moved(states: np.ndarray, actions: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _started(states: np.ndarray) -> np.ndarray:
     if len(states) == 0:
-        raise gymnasium.error.ResetNeeded("TwoRoom was stepped before its first reset()")
+        raise gymnasium.error.ResetNeeded("TwoRoom was stepped or drawn before its first reset()")
+    return states
+
+
+def _moved(states: np.ndarray, actions: Any, shape: tuple[int, ...]) -> np.ndarray:
+    states = _started(states)
     actions = np.asarray(actions, dtype=np.float32)
     if actions.shape != shape:
         raise ValueError(f"the action has shape {actions.shape}, but must have {shape}")

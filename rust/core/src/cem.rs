@@ -116,7 +116,7 @@ impl Cem {
             cost: vec![f64::INFINITY; envs],
             mean: mean.to_vec(),
             std: vec![self.init_std; envs * block],
-            trace: Vec::with_capacity(self.iterations * envs),
+            trace: Vec::new(),
             iterations: 0,
             clipped: vec![0.0; envs],
             deadline_hit: false,

@@ -6,11 +6,12 @@ use std::time::Duration;
 use lewm_core::cem::{Cem, Cost};
 use lewm_core::rng;
 use numpy::{Element, PyArray, PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
-use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::convert::{boolean, named, real, seconds, tuple, unsigned};
 use crate::error::BindError;
 
 /// Philox4x32-10 words of counters (N, 4) uint32 under a key (2,) uint32.
@@ -277,14 +278,6 @@ fn numbers<T: Element + Clone>(
     Ok((array.readonly().as_array().iter().cloned().collect(), array.shape().to_vec()))
 }
 
-/// A shape as Python writes it.
-fn tuple(shape: &[usize]) -> String {
-    match shape {
-        [n] => format!("({n},)"),
-        _ => format!("({})", shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")),
-    }
-}
-
 fn floats(name: &str, values: &Bound<'_, PyAny>) -> PyResult<(Vec<f64>, Vec<usize>)> {
     numbers(name, values, "fiu", "real numbers")
 }
@@ -310,13 +303,6 @@ fn env_ids_of(values: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     Ok(env_ids)
 }
 
-/// Converters for `from_py_with`, which does not tell the name that the error needs.
-macro_rules! named {
-    ($($function:ident($name:literal) -> $type:ty = $convert:ident;)*) => {
-        $(fn $function(value: &Bound<'_, PyAny>) -> PyResult<$type> { $convert($name, value) })*
-    };
-}
-
 named! {
     seed_of("seed") -> u64 = unsigned;
     plan_of("plan") -> u32 = unsigned;
@@ -329,35 +315,4 @@ named! {
     min_std_of("min_std") -> f64 = real;
     deadline_of("deadline") -> Option<Duration> = seconds;
     reference_of("reference") -> bool = boolean;
-}
-
-/// A Python integer as an unsigned number; a negative or too large one is a `ValueError` that names the argument.
-fn unsigned<T: TryFrom<u64>>(name: &str, value: &Bound<'_, PyAny>) -> PyResult<T> {
-    let range = || {
-        let bits = 8 * size_of::<T>();
-        PyValueError::new_err(format!("{name} must be an integer in 0..2^{bits}, got {value}"))
-    };
-    match value.extract::<u64>() {
-        Ok(number) => T::try_from(number).map_err(|_| range()),
-        Err(error) if error.is_instance_of::<PyOverflowError>(value.py()) => Err(range()),
-        Err(_) => Err(PyTypeError::new_err(format!("{name} must be an integer, got {}", value.get_type()))),
-    }
-}
-
-fn real(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
-    value.extract().map_err(|_| PyTypeError::new_err(format!("{name} must be a number, got {}", value.get_type())))
-}
-
-fn boolean(name: &str, value: &Bound<'_, PyAny>) -> PyResult<bool> {
-    value.extract().map_err(|_| PyTypeError::new_err(format!("{name} must be True or False, got {value}")))
-}
-
-fn seconds(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<Duration>> {
-    if value.is_none() {
-        return Ok(None);
-    }
-    let seconds = real(name, value)?;
-    Duration::try_from_secs_f64(seconds)
-        .map(Some)
-        .map_err(|_| PyValueError::new_err(format!("{name} must be a number of seconds of at least 0, got {seconds}")))
 }

@@ -31,6 +31,7 @@ impl From<lewm_core::Error> for BindError {
             Error::Corrupt(_) => StoreError::new_err(text),
             Error::Io(path, source) => match source.raw_os_error() {
                 // OSError(errno, text, path) picks FileNotFoundError, PermissionError, ... by itself.
+                // Text, not a `Path`: making one imports pathlib, which fails where no more files can be opened.
                 Some(code) => PyOSError::new_err((code, source.to_string(), path.into_os_string())),
                 None => PyOSError::new_err(text),
             },

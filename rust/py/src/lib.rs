@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod cem;
+mod convert;
 mod error;
 mod store;
 

@@ -17,6 +17,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::convert::{named, tuple, unsigned};
 use crate::error::BindError;
 
 type Result<T> = std::result::Result<T, BindError>;
@@ -155,10 +156,10 @@ impl StoreWriter {
     fn new(
         py: Python<'_>,
         path: PathBuf,
-        height: usize,
-        width: usize,
-        action_dim: usize,
-        columns: BTreeMap<String, usize>,
+        #[pyo3(from_py_with = height_of)] height: usize,
+        #[pyo3(from_py_with = width_of)] width: usize,
+        #[pyo3(from_py_with = action_dim_of)] action_dim: usize,
+        #[pyo3(from_py_with = columns_of)] columns: BTreeMap<String, usize>,
         metadata: &str,
     ) -> Result<Self> {
         let schema = store::Schema { height, width, action_dim, columns };
@@ -242,14 +243,9 @@ fn gather<'py>(
 /// What an argument is, for an error message: dtype and shape of an array, the type of anything else.
 fn describe(value: &Bound<'_, PyAny>) -> String {
     match value.cast::<PyUntypedArray>() {
-        Ok(array) => format!("{} of shape {}", array.dtype(), shape(array.shape())),
+        Ok(array) => format!("{} of shape {}", array.dtype(), tuple(array.shape())),
         Err(_) => value.get_type().to_string(),
     }
-}
-
-fn shape(shape: &[usize]) -> String {
-    let sizes: Vec<_> = shape.iter().map(ToString::to_string).collect();
-    format!("({}{})", sizes.join(", "), if sizes.len() == 1 { "," } else { "" })
 }
 
 /// A (rows, width) array of real numbers, of whatever dtype, as a row-major vector of `T`.
@@ -276,4 +272,20 @@ fn numbers<T: numpy::Element + Copy>(
     let array = array.call_method1("astype", (numpy::dtype::<T>(py),))?;
     let array = array.cast::<PyArray2<T>>().map_err(PyErr::from)?.readonly();
     Ok(array.as_array().iter().copied().collect())
+}
+
+named! {
+    height_of("height") -> usize = unsigned;
+    width_of("width") -> usize = unsigned;
+    action_dim_of("action_dim") -> usize = unsigned;
+}
+
+fn columns_of(value: &Bound<'_, PyAny>) -> PyResult<BTreeMap<String, usize>> {
+    let refuse = || PyTypeError::new_err(format!("columns must be a dict of names and widths, got {value}"));
+    let column = |(name, width): (Bound<'_, PyAny>, Bound<'_, PyAny>)| {
+        let name: String = name.extract().map_err(|_| refuse())?;
+        let width = unsigned(&format!("columns[{name:?}]"), &width)?;
+        Ok((name, width))
+    };
+    value.cast::<PyDict>().map_err(|_| refuse())?.iter().map(column).collect()
 }

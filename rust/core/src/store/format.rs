@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -31,9 +30,6 @@ const VERSION: u32 = 1;
 const MAGIC: [u8; 8] = *b"lewm-ep1";
 const CODEC_XOR_LZ4: u16 = 1;
 const MAX_METADATA: usize = 1 << 20;
-
-/// Tells apart the temporary files of this process.
-static UNIQUE: AtomicU32 = AtomicU32::new(0);
 
 /// What every episode of a store has in common.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -192,11 +188,18 @@ impl Catalogue {
     /// Writes the catalogue unless there is one, whole or not at all. The caller reads back which one it is.
     pub fn create(&self, folder: &Path) -> Result<(), Error> {
         let path = folder.join(CATALOGUE);
-        let unique = UNIQUE.fetch_add(1, Ordering::Relaxed);
-        let temporary = folder.join(format!("{CATALOGUE}.{}.{unique}", std::process::id()));
+        // A name that nobody has: other writers may be at it, on other machines too.
+        let mut number = 0_u64;
+        let (temporary, mut file) = loop {
+            let temporary = folder.join(format!("{CATALOGUE}.{number}"));
+            match fs::File::create_new(&temporary) {
+                Ok(file) => break (temporary, file),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
+                Err(error) => return Err(Error::Io(temporary, error)),
+            }
+        };
         let failed = |error| Error::Io(temporary.clone(), error);
         let text = serde_json::to_string_pretty(self).map_err(|error| failed(error.into()))?;
-        let mut file = fs::File::create(&temporary).map_err(failed)?;
         file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
         // A link, unlike a rename, fails where another writer was first. Some file systems have no links.
         match fs::hard_link(&temporary, &path) {
@@ -205,8 +208,8 @@ impl Catalogue {
         }
         .map_err(failed)?;
         sync_folder(folder)?;
-        // The folder itself may be new. Not every parent may be opened, and the store is whole without.
-        if let Some(parent) = folder.parent() {
+        // The folder itself may be new, and those above it. Not all may be opened, and the store is whole without.
+        for parent in folder.ancestors().skip(1) {
             let _ = sync_folder(parent);
         }
         Ok(())

@@ -5,7 +5,8 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
 
 use super::format::{shard_numbers, shard_paths, u32_at, xor, Catalogue, Digest, Record, Schema, ENTRY, RECORD};
 use crate::Error;
@@ -19,12 +20,14 @@ pub struct Store {
     folder: PathBuf,
     catalogue: Catalogue,
     episodes: Vec<Arc<Episode>>,
-    /// Index records already read, per shard.
-    seen: BTreeMap<u32, usize>,
+    shards: Shards,
     skip_damaged: bool,
     skipped: Vec<String>,
     threads: usize,
 }
+
+/// The shards by number, each with the number of its index records already read.
+type Shards = BTreeMap<u32, (Arc<Shard>, usize)>;
 
 #[derive(Debug)]
 struct Shard {
@@ -47,6 +50,13 @@ struct Blob {
     offset: u64,
     length: u32,
     crc: u32,
+}
+
+/// What a look at the index files found.
+struct Found {
+    shards: Shards,
+    episodes: Vec<Arc<Episode>>,
+    damage: Vec<String>,
 }
 
 /// Buffers of one decoding thread, and the key frame they hold.
@@ -75,20 +85,22 @@ impl Store {
     /// Every episode that is committed and there in full length, for a writer to count: damage is no reason not to append.
     pub(super) fn scan(folder: &Path) -> Result<Self, Error> {
         let mut store = Self::empty(folder, true)?;
-        (store.episodes, store.skipped) = store.find_new()?;
+        Found { shards: store.shards, episodes: store.episodes, damage: store.skipped } = store.find_new()?;
         Ok(store)
     }
 
     fn empty(folder: &Path, skip_damaged: bool) -> Result<Self, Error> {
-        fs::metadata(folder).map_err(|error| Error::Io(folder.to_owned(), error))?;
+        let failed = |error| Error::Io(folder.to_owned(), error);
+        fs::metadata(folder).map_err(failed)?;
         let catalogue = Catalogue::read(folder)?.ok_or_else(|| {
             Error::Corrupt(format!("{} is not a .lewm store: it has no catalogue.json", folder.display()))
         })?;
         Ok(Self {
-            folder: folder.to_owned(),
+            // The process may change its folder before a shard is opened.
+            folder: std::path::absolute(folder).map_err(failed)?,
             catalogue,
             episodes: Vec::new(),
-            seen: BTreeMap::new(),
+            shards: BTreeMap::new(),
             skip_damaged,
             skipped: Vec::new(),
             threads: threads()?,
@@ -101,10 +113,9 @@ impl Store {
     /// # Errors
     /// As [`Store::open`]; the store is then as it was.
     pub fn refresh(&mut self) -> Result<usize, Error> {
-        let seen = self.seen.clone();
-        let (mut found, mut damage) = self.find_new()?;
+        let Found { shards, mut episodes, mut damage } = self.find_new()?;
         if self.skip_damaged {
-            found.retain(|episode| match self.check_episode(episode) {
+            episodes.retain(|episode| match self.check_episode(episode) {
                 Ok(()) => true,
                 Err(error) => {
                     damage.push(error.to_string());
@@ -112,24 +123,26 @@ impl Store {
                 }
             });
         } else if let Some(first) = damage.first() {
-            self.seen = seen;
             return Err(Error::Corrupt(format!("{first}; open with skip_damaged=True to read the intact episodes")));
         }
-        let count = found.len();
+        let count = episodes.len();
+        self.shards = shards;
         damage.retain(|text| !self.skipped.contains(text));
-        self.episodes.append(&mut found);
+        self.episodes.append(&mut episodes);
         self.skipped.append(&mut damage);
         Ok(count)
     }
 
     /// Reads the index records not yet seen: the episodes they commit, and what is wrong with the others.
-    fn find_new(&mut self) -> Result<(Vec<Arc<Episode>>, Vec<String>), Error> {
+    fn find_new(&self) -> Result<Found, Error> {
+        let mut shards = self.shards.clone();
         let mut episodes = Vec::new();
         let mut damage = Vec::new();
         for number in shard_numbers(&self.folder)? {
             let (data_path, index_path) = shard_paths(&self.folder, number);
-            let seen = self.seen.get(&number).copied().unwrap_or(0);
-            let bytes = match read_from(&index_path, (seen * RECORD) as u64) {
+            let new = || Arc::new(Shard { number, path: data_path.clone(), file: OnceLock::new() });
+            let (shard, seen) = shards.entry(number).or_insert_with(|| (new(), 0));
+            let bytes = match read_from(&index_path, (*seen * RECORD) as u64) {
                 Ok(bytes) => bytes,
                 Err(error) if error.kind() == ErrorKind::NotFound => {
                     damage.push(format!("{} is missing", index_path.display()));
@@ -147,10 +160,14 @@ impl Store {
                 Err(error) if error.kind() == ErrorKind::NotFound => 0,
                 Err(error) => return Err(Error::Io(data_path, error)),
             };
-            let shard = Arc::new(Shard { number, path: data_path, file: OnceLock::new() });
+            // A copy that is kept up to date may have another file there by now, and the open one lacks the new episodes.
+            let replaced = |open: &File| open.metadata().map_or(true, |open| open.len() < present);
+            if shard.file.get().is_some_and(replaced) {
+                *shard = new();
+            }
             let (mut end, mut cut) = (0, 0);
             for (place, bytes) in bytes.chunks_exact(RECORD).take(records).enumerate() {
-                let ordinal = seen + place;
+                let ordinal = *seen + place;
                 let record = match Record::decode(bytes, &self.catalogue.schema) {
                     Ok(record) if record.offset < end => Err("it overlaps the one before"),
                     other => other,
@@ -161,23 +178,23 @@ impl Store {
                         if end > present {
                             cut += 1;
                         } else {
-                            let shard = Arc::clone(&shard);
+                            let shard = Arc::clone(shard);
                             episodes.push(Arc::new(Episode { shard, ordinal, record, table: OnceLock::new() }));
                         }
                     }
                     Err(why) => damage.push(format!("{}: record {ordinal} is damaged: {why}", index_path.display())),
                 }
             }
+            *seen += records;
             if cut > 0 {
                 damage.push(format!(
                     "{} has {present} bytes and needs {end}: {cut} of the {} episodes that its index commits are cut off",
                     shard.path.display(),
-                    seen + records
+                    *seen
                 ));
             }
-            self.seen.insert(number, seen + records);
         }
-        Ok((episodes, damage))
+        Ok(Found { shards, episodes, damage })
     }
 
     /// What every episode has in common.
@@ -303,11 +320,14 @@ impl Store {
         }
         // Threads of this call, not of a pool: nothing is left that a fork would find dead.
         let share = items.len().div_ceil(threads);
-        std::thread::scope(|scope| {
-            let mut parts = items.chunks(share).zip(out.chunks_mut(share * size));
-            let own = parts.next();
-            let others: Vec<_> = parts.map(|(items, out)| scope.spawn(move || decode(items, out))).collect();
-            let own = own.map_or(Ok(()), |(items, out)| decode(items, out));
+        let parts = Mutex::new(items.chunks(share).zip(out.chunks_mut(share * size)));
+        let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || std::iter::from_fn(next).try_for_each(|(items, out)| decode(items, out));
+        thread::scope(|scope| {
+            // Where the system gives no more threads, fewer do the work.
+            let others: Vec<_> =
+                (1..threads).map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok()).collect();
+            let own = work();
             others
                 .into_iter()
                 .map(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)))
@@ -429,9 +449,13 @@ impl Store {
         let fits =
             |(blob, (rows, bytes)): (&Blob, (usize, usize))| u64::from(blob.length) == rows as u64 * bytes as u64;
         let plain = table[frames..].iter().zip(arrays).all(fits);
-        // LZ4 makes at most 255 bytes of one, so a file cannot claim frames that it has no room for.
-        let room = |blob: &Blob| (blob.length as usize).saturating_mul(255) >= self.schema().frame_bytes();
-        if !plain || !table[..frames].iter().all(room) || at != offset + length {
+        // LZ4 makes at most 255 bytes of one, so a file cannot claim frames that it has no room for, nor more than they need.
+        let size = self.schema().frame_bytes();
+        let packed = size.div_ceil(255)..=lz4_flex::block::get_maximum_output_size(size);
+        if !plain
+            || !table[..frames].iter().all(|blob| packed.contains(&(blob.length as usize)))
+            || at != offset + length
+        {
             return Err(episode.damaged("the numbers of its table contradict each other"));
         }
         Ok(episode.table.get_or_init(|| table))

@@ -349,6 +349,81 @@ fn sessions_have_shards_of_their_own_and_refresh_sees_them() {
 }
 
 #[test]
+fn a_copy_whose_files_are_replaced_is_refreshed() {
+    let schema = schema(4, 5);
+    let (folder, copy) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let episodes: Vec<_> = (0..2).map(|seed| episode(&schema, 5, seed, true)).collect();
+    let mut writer = Writer::open(folder.path(), schema.clone(), "{}").unwrap();
+    let bring = || {
+        for path in [data(folder.path()), index(folder.path()), folder.path().join("catalogue.json")] {
+            let temporary = copy.path().join("temporary");
+            fs::copy(&path, &temporary).unwrap();
+            fs::rename(&temporary, copy.path().join(path.file_name().unwrap())).unwrap();
+        }
+    };
+    append(&mut writer, &episodes[0]).unwrap();
+    bring();
+    let mut store = Store::open(copy.path(), false).unwrap();
+    assert_equal(&read(&store, 0).unwrap(), &episodes[0]);
+    append(&mut writer, &episodes[1]).unwrap();
+    bring();
+    assert_eq!(store.refresh().unwrap(), 1);
+    assert_equal(&read(&store, 1).unwrap(), &episodes[1]);
+    assert_equal(&read(&store, 0).unwrap(), &episodes[0]);
+}
+
+#[test]
+fn a_refresh_that_fails_loses_nothing() {
+    let schema = schema(4, 5);
+    let folder = TempDir::new().unwrap();
+    let episodes: Vec<_> = (0..2).map(|seed| episode(&schema, 5, seed, true)).collect();
+    let mut store = {
+        Writer::open(folder.path(), schema.clone(), "{}").unwrap();
+        Store::open(folder.path(), false).unwrap()
+    };
+    write(folder.path(), &schema, &episodes);
+    let unreadable = shard_paths(folder.path(), 1).1;
+    fs::create_dir(&unreadable).unwrap();
+    assert!(matches!(store.refresh(), Err(Error::Io(..))));
+    assert!(store.is_empty());
+    fs::remove_dir(unreadable).unwrap();
+    assert_eq!(store.refresh().unwrap(), 2);
+    assert_equal(&read(&store, 1).unwrap(), &episodes[1]);
+}
+
+#[test]
+fn a_frame_larger_than_any_coding_of_it_is_not_read() {
+    let (folder, _, _) = small();
+    let (mut bytes, mut record) = (fs::read(data(folder.path())).unwrap(), fs::read(index(folder.path())).unwrap());
+    record.truncate(RECORD);
+    // The first episode has 2 frames, its actions and a column: a table of 4. Its first frame grows by a kilobyte.
+    let length = u32::from_le_bytes(bytes[..4].try_into().unwrap()) as usize;
+    bytes.splice(32 + length..32 + length, [0; 1024]);
+    bytes[..4].copy_from_slice(&(length as u32 + 1024).to_le_bytes());
+    let crc = crc32fast::hash(&bytes[32..32 + length + 1024]);
+    bytes[4..8].copy_from_slice(&crc.to_le_bytes());
+    let whole = u64::from_le_bytes(record[24..32].try_into().unwrap()) + 1024;
+    record[24..32].copy_from_slice(&whole.to_le_bytes());
+    record[40..44].copy_from_slice(&crc32fast::hash(&bytes[..32]).to_le_bytes());
+    let crc = crc32fast::hash(&record[..60]);
+    record[60..].copy_from_slice(&crc.to_le_bytes());
+    fs::write(data(folder.path()), bytes).unwrap();
+    fs::write(index(folder.path()), record).unwrap();
+    let error = read(&Store::open(folder.path(), false).unwrap(), 0).map(drop).unwrap_err();
+    assert!(error.to_string().contains("contradict each other"), "{error}");
+}
+
+#[test]
+fn a_catalogue_left_half_made_is_in_nobodys_way() {
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("catalogue.json.0"), "{").unwrap();
+    let schema = schema(4, 5);
+    write(folder.path(), &schema, &[episode(&schema, 3, 1, true)]);
+    assert_eq!(Store::open(folder.path(), false).unwrap().len(), 1);
+    assert_eq!(fs::read_to_string(folder.path().join("catalogue.json.0")).unwrap(), "{");
+}
+
+#[test]
 fn what_a_crash_leaves_is_ignored_and_the_next_session_goes_on() {
     let (folder, episodes, ends) = small();
     let record = fs::read(index(folder.path())).unwrap();

@@ -37,6 +37,8 @@ impl Writer {
     /// object, and for a folder that holds something else; [`Error::Corrupt`] for a damaged catalogue; [`Error::Io`].
     pub fn open(folder: &Path, schema: Schema, metadata: &str) -> Result<Self, Error> {
         let catalogue = Catalogue::new(schema, metadata)?;
+        // The process may change its folder before the next file is made.
+        let folder = &std::path::absolute(folder).map_err(|error| Error::Io(folder.to_owned(), error))?;
         fs::create_dir_all(folder).map_err(|error| Error::Io(folder.to_owned(), error))?;
         if Catalogue::read(folder)?.is_none() {
             let foreign = refuse_foreign(folder);
@@ -63,7 +65,8 @@ impl Writer {
         &self.schema
     }
 
-    /// Appends an episode of N frames; it is committed, and on the disk, when this returns its index.
+    /// Appends an episode of N frames; it is committed, and on the disk, when this returns its index, which does not count
+    /// what other sessions append meanwhile.
     ///
     /// `frames` is (N, height, width, 3), `actions` (N-1, `action_dim`), and each column (N, its width), all row-major.
     ///
