@@ -34,7 +34,7 @@ def test_from_collecting_to_a_plan(tmp_path):
     assert data.fingerprint()[:12] in done.stdout
 
     settings = ["--preset", "tiny", "--out", folder, "--device", "cpu"]
-    settings += [x for s in ("steps=12", "batch_size=16", "position_init=sincos") for x in ("--set", s)]
+    settings += [x for s in ("steps=12", "batch_size=16", "init=scaled") for x in ("--set", s)]
     done = run("train", store, *settings)
     assert done.returncode == 0, done.stderr
     assert "raw bounds [-1, 1]" in done.stdout
@@ -99,10 +99,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_settings_are_json_where_they_parse():
-    assert cli._settings(["steps=300", "dropout=0.1", "position_init=sincos", "reference=true"]) == {
+    assert cli._settings(["steps=300", "dropout=0.1", "init=scaled", "reference=true"]) == {
         "steps": 300,
         "dropout": 0.1,
-        "position_init": "sincos",
+        "init": "scaled",
         "reference": True,
     }
     with pytest.raises(ValueError, match="must be NAME=VALUE, got 'steps'"):

@@ -30,7 +30,7 @@ def test_overrides_reach_either_configuration_and_epochs_replace_steps():
         ({"encoder_heads": 3}, ValueError, "encoder_heads must divide encoder_dim 64, got 3"),
         ({"predictor_depth": 10**9}, ValueError, "predictor_depth"),
         ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"position_init": "rope"}, ValueError, "position_init"),
+        ({"init": "rope"}, ValueError, "init must be"),
         ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
         ({"batch_size": 1}, ValueError, "batch_size must be an integer of at least 2, got 1"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive"),

@@ -106,10 +106,11 @@ class Encoder(nn.Module):
         self.layernorm = nn.LayerNorm(config.encoder_dim, eps=_VIT_EPS)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                fan_in = module.weight[0].numel()
+                nn.init.trunc_normal_(module.weight, std=fan_in**-0.5 if config.init == "scaled" else 0.02)
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.embeddings.cls_token, std=0.02)
-        if config.position_init == "sincos":
+        if config.init == "scaled":
             side = config.image_size // config.patch_size
             with torch.no_grad():
                 self.embeddings.position_embeddings[0, 1:] = _sincos_2d(side, config.encoder_dim)
@@ -224,7 +225,7 @@ class Predictor(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.transformer = _Transformer(config)
-        if config.position_init == "sincos":
+        if config.init == "scaled":
             positions = _sincos_1d(torch.arange(config.history), config.embed_dim)
         else:
             positions = torch.randn(config.history, config.embed_dim)
