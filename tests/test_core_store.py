@@ -134,7 +134,7 @@ def test_refresh_sees_new_episodes(path):
     assert store.fingerprint() == Store(path).fingerprint()
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="/proc")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc, which this system lacks")
 def test_refresh_opens_no_file_twice(path):
     store = Store(path)
     with open_writer(path) as writer:
@@ -240,7 +240,7 @@ with open_writer(sys.argv[1]) as writer:
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_every_acknowledged_episode_survives_a_kill(tmp_path):
     path, rng, acknowledged = tmp_path / "s.lewm", np.random.default_rng(0), []
     for attempt in range(6):
@@ -274,7 +274,7 @@ def test_another_process_reads(path, method):
     assert child.exitcode == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_an_open_store_is_read_after_a_fork(tmp_path):
     """The parent reads with several threads all the while."""
@@ -306,7 +306,7 @@ def test_an_open_store_is_read_after_a_fork(tmp_path):
         reader.join()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_writer_is_not_used_after_a_fork(path):
     with open_writer(path) as writer:
         writer.append(*make_episode(5))
@@ -463,7 +463,7 @@ def test_thread_count_from_the_environment(path, monkeypatch):
         Store(path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="setrlimit")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit open files by setrlimit")
 def test_a_full_disk_commits_nothing_and_the_next_append_does(path):
     import resource
 
