@@ -208,8 +208,8 @@ CARGO, CC = 'echo "cargo 1.95.0 (f2d3ce0bd 2026-03-21)"', "exit 0"
 @pytest.mark.parametrize(
     ("commands", "parts"),
     [
-        pytest.param({"cc": CC, "apt_get": ""}, ("Rust 1.85", "no cargo", "rustup.rs"), id="no-cargo"),
-        pytest.param({"cc": CC, "cargo": 'echo "cargo 1.63.0"'}, ("Rust 1.85", "1.63.0 found"), id="old-cargo"),
+        pytest.param({"cc": CC, "apt_get": ""}, ("Rust 1.89", "no cargo", "rustup.rs"), id="no-cargo"),
+        pytest.param({"cc": CC, "cargo": 'echo "cargo 1.63.0"'}, ("Rust 1.89", "1.63.0 found"), id="old-cargo"),
         pytest.param({"cc": CC, "cargo": "exit 1", "rustup": ""}, ("no cargo", "rustup default"), id="no-toolchain"),
         pytest.param({"cargo": CARGO, "apt_get": ""}, ("C compiler", "apt install build-essential"), id="no-cc-debian"),
         pytest.param({"cargo": CARGO, "uname": "echo Darwin"}, ("C compiler", "xcode-select"), id="no-cc-macos"),
