@@ -6,7 +6,9 @@
 //! * [`store`]: the trajectory store, append-only shards of whole episodes.
 
 pub mod cem;
+pub mod engine;
 pub mod error;
+pub mod pool;
 pub mod rng;
 pub mod store;
 

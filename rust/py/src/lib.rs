@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 
 mod cem;
 mod convert;
+mod engine;
 mod error;
 mod store;
 
@@ -11,6 +12,8 @@ mod store;
 mod _core {
     #[pymodule_export]
     use crate::cem::{cem, noise, philox};
+    #[pymodule_export]
+    use crate::engine::Engine;
     #[pymodule_export]
     use crate::error::StoreError;
     #[pymodule_export]
