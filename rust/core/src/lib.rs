@@ -3,10 +3,12 @@
 //! * [`rng`]: Philox4x32-10 and the normals made from it, keyed so that a candidate's noise depends on
 //!   (seed, environment, plan, iteration, sample) and on nothing else.
 //! * [`cem`]: the cross-entropy method, written once, driving any [`cem::Cost`].
+//! * [`loader`]: the order of training windows, and windows from memory.
 //! * [`store`]: the trajectory store, append-only shards of whole episodes.
 
 pub mod cem;
 pub mod error;
+pub mod loader;
 pub mod rng;
 pub mod store;
 

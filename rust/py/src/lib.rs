@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 mod cem;
 mod convert;
 mod error;
+mod loader;
 mod store;
 
 #[pymodule(gil_used = true)]
@@ -13,6 +14,8 @@ mod _core {
     use crate::cem::{cem, noise, philox};
     #[pymodule_export]
     use crate::error::StoreError;
+    #[pymodule_export]
+    use crate::loader::{copy_windows, read_windows, WindowOrder};
     #[pymodule_export]
     use crate::store::{Store, StoreWriter};
 
