@@ -39,6 +39,12 @@ def record(buffer, frames, actions, columns):
 
 def check(buffer, episodes, first=0):
     """The buffer holds these, and gives the windows of a plain slice."""
+    snapshot = buffer.snapshot()
+    for number, (frames, actions, columns) in enumerate(episodes, first):
+        np.testing.assert_array_equal(snapshot.frames(number), frames)
+        np.testing.assert_array_equal(snapshot.actions(number), actions)
+        if columns is not None:
+            np.testing.assert_array_equal(snapshot.column("state", number), columns["state"])
     assert buffer.first == first
     assert buffer.lengths.tolist() == [len(frames) for frames, *_ in episodes]
     assert len(buffer) == len(episodes)
@@ -58,8 +64,11 @@ def test_the_oldest_episodes_are_dropped_whole(make):
         for count, first in ((1, 0), (2, 0), (3, 0), (4, 1), (5, 2), (6, 5)):
             buffer.append(*episodes[count - 1])
             check(buffer, episodes[first:count], first)
-        with pytest.raises(IndexError, match="episodes must be from 5 to 5, got 4 to 4"):
-            buffer.batch([[4, 0]], 3, 2)
+        for dropped in (lambda: buffer.batch([[4, 0]], 3, 2), lambda: buffer.snapshot().column("state", 4)):
+            with pytest.raises(IndexError, match="episodes must be from 5 to 5, got 4 to 4"):
+                dropped()
+        with pytest.raises(ValueError, match=r"name must be one of \['state'\], got 'pose'"):
+            buffer.snapshot().column("pose", 5)
         assert repr(buffer) == "ReplayBuffer(1 episodes, 60 of 60 frames of 8x8)"
     check(buffer, episodes[5:], 5)
 

@@ -260,6 +260,27 @@ class Snapshot(WindowSource):
         """Number of the oldest episode."""
         return self._first
 
+    def frames(self, episode: int) -> np.ndarray:
+        """All frames of one episode, uint8 of shape (N, H, W, 3)."""
+        return self.batch(self.windows([episode], 1), 1).frames[:, 0]
+
+    def actions(self, episode: int) -> np.ndarray:
+        """Raw actions of one episode, float32 of shape (N-1, A)."""
+        return self._part(episode).actions.copy()
+
+    def column(self, name: str, episode: int) -> np.ndarray:
+        """A column of one episode, float64 of shape (N, C)."""
+        if name not in self.columns:
+            raise ValueError(f"name must be one of {sorted(self.columns)}, got {name!r}")
+        columns = self._part(episode).columns
+        if columns is not None:
+            return columns[name].copy()
+        assert self._store is not None
+        return self._store.column(name, episode)
+
+    def _part(self, episode: int) -> _Part:
+        return self._parts[self._chosen([episode])[0] - self._first]
+
     def _read(
         self, index: np.ndarray, frames: int, stride: int, out: np.ndarray, threads: int | None = None
     ) -> np.ndarray:
