@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 
+from lewm import memory
 from lewm._core import StoreError, StoreWriter
 from lewm.data import Dataset
 
@@ -219,3 +220,92 @@ def test_workers_read_the_same(data, method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(_sum, [Dataset("d.lewm"), data], chunksize=1) == [wanted] * 2
+
+
+def test_in_memory_is_equal(path, data):
+    kept = Dataset(path, in_memory=True)
+    assert repr(kept) == repr(data)
+    assert kept.fingerprint() == data.fingerprint()
+    windows = np.random.default_rng(0).permutation(data.windows(range(5), 3, 2))
+    for which in (kept, pickle.loads(pickle.dumps(kept))):
+        for got, want in zip(which.batch(windows, 3, 2), data.batch(windows, 3, 2), strict=True):
+            np.testing.assert_array_equal(got, want)
+    for episode, want in zip(kept, data, strict=True):
+        np.testing.assert_array_equal(episode.frames, want.frames)
+        episode.frames[:] = 0  # a copy
+    np.testing.assert_array_equal(kept.frames(1, [3, 3, 0]), EPISODES[1][0][[3, 3, 0]])
+    assert kept.frames(1, []).shape == (0, 8, 8, 3)
+    for which in (kept, data):
+        for bad in ([30], [0, -1]):
+            with pytest.raises(IndexError, match="episode 1 has 30 frames"):
+                which.frames(1, bad)
+    write(path, [make_episode(9, 7)])
+    assert kept.refresh() == 1
+    np.testing.assert_array_equal(kept.batch([[5, 2]], 3, 2).frames[0], make_episode(9, 7)[0][2:7:2])
+
+
+def test_in_memory_reads_no_file_any_more(path):
+    data = Dataset(path, in_memory=True)
+    data.batch([[0, 0]], 2)  # the actions are read with the first batch
+    for file in path.glob("shard-*"):
+        os.truncate(file, 0)
+    np.testing.assert_array_equal(data.batch([[3, 4]], 2, 3).frames[0], EPISODES[3][0][4:8:3])
+
+
+def test_what_does_not_fit_into_memory_is_refused(path, monkeypatch):
+    need = sum(LENGTHS) * 8 * 8 * 3
+    monkeypatch.setattr(memory, "available", lambda: need)
+    assert Dataset(path, in_memory=True).frame_count == sum(LENGTHS)
+    monkeypatch.setattr(memory, "available", lambda: need - 1)
+    with pytest.raises(MemoryError, match=r"in_memory=True for .*d.lewm needs 0.00 GiB of memory, and 0.00 are free; "):
+        Dataset(path, in_memory=True)
+    assert len(Dataset(path)) == 5
+    monkeypatch.setattr(memory, "available", lambda: None)  # a system that does not say
+    assert len(Dataset(path, in_memory=True)) == 5
+
+
+def test_damage_found_while_loading_into_memory(path):
+    file = path / "shard-000000.data"
+    with file.open("r+b") as stream:
+        stream.seek(file.stat().st_size // 4)
+        stream.write(b"\xff" * (file.stat().st_size // 4))
+    with pytest.raises(StoreError, match=r"episode \d is damaged"):
+        Dataset(path, in_memory=True)
+
+
+def _system(root, groups, limits, available=8 << 20):
+    """A `/proc` and a `/sys` with these control groups."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {available >> 10} kB\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    for folder, (limit, used, cached) in limits.items():
+        folder = root / "sys/fs/cgroup" / folder
+        folder.mkdir(parents=True, exist_ok=True)
+        first = "memory" in folder.parts
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+        for name, value in zip(names, (limit, used), strict=True):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{'total_' * first}inactive_file {cached}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "want"),
+    [
+        ("", {}, 8 << 20),
+        ("0::/\n", {}, 8 << 20),
+        ("0::/a/b\n", {"a/b": ("max", 5, 0), "a": (5000, 3000, 1000)}, 3000),  # a group above, and its file cache
+        ("0::/a/b\n", {"a/b": (4000, 3000, 0), "a": (5000, 3000, 1000)}, 1000),
+        ("0::/a\n", {"a": (1000, 3000, 0)}, 0),
+        ("0::/elsewhere\n", {"": (700, 100, 0)}, 600),  # within a container
+        ("4:memory:/a\n1:cpu:/\n", {"memory/a": (900, 100, 50)}, 850),
+        ("4:cpu,memory:/a\n0::/\n", {"memory/a": (2**63 - 4096, 100, 0), "memory": (800, 100, 0)}, 700),
+    ],
+)
+def test_memory_that_is_free(tmp_path, groups, limits, want):
+    assert memory.available(_system(tmp_path, groups, limits)) == want
+
+
+def test_memory_of_this_machine():
+    free = memory.available()
+    assert free is None or 2**20 < free < 2**50

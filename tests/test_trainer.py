@@ -262,7 +262,7 @@ def test_bad_data_is_refused_before_anything_is_written(tmp_path):
         (reversed_bounds, r"stats\['low'\] must be below stats\['high'\]"),
         (constant, "constant"),
         (short, "long enough|at least 16 frames|16"),
-        (few, "at least batch_size = 16 training windows"),
+        (few, "batch_size is 16, but there are only 2 windows"),
     ):
         with pytest.raises(ValueError, match=text):
             lewm.train(data, preset="tiny", out=tmp_path / "run", steps=5, device="cpu", **TINY)
@@ -308,14 +308,11 @@ def test_every_epoch_is_a_permutation_of_the_windows(store, tmp_path):
     run = trainer._Run(
         store, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 40}), tmp_path / "run", 0, "cpu", False
     )
-    seen = []
-    run._read = lambda windows: seen.append(windows)
-    for _ in run._batches(0):
-        pass
+    seen = [actions.numpy() for _, actions in run._batches(0)]
     assert len(seen) == 40
-    epoch = np.concatenate(seen[: run.per_epoch])
-    assert len(np.unique(epoch, axis=0)) == run.per_epoch * 16
-    resumed, seen[:] = seen.copy(), []
-    for _ in run._batches(25):
-        pass
-    np.testing.assert_array_equal(np.stack(seen), np.stack(resumed[25:]))
+    count = len(run.loader)
+    assert 1 < count < 25
+    epoch = np.concatenate(seen[:count])
+    assert len(np.unique(epoch, axis=0)) == len(epoch) == count * 16, "no two windows have the same actions"
+    np.testing.assert_array_equal(np.stack([actions for _, actions in run._batches(25)]), np.stack(seen[25:]))
+    assert len(np.unique(np.concatenate(seen[: 2 * count]), axis=0)) > len(epoch)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lewm.evaluation import PROTOCOLS, evaluate
     from lewm.model import Model, load, use
     from lewm.planner import CEM, Plan, plan
+    from lewm.replay import ReplayBuffer
     from lewm.trainer import train
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "CEM": "planner",
     "Plan": "planner",
     "plan": "planner",
+    "ReplayBuffer": "replay",
     "train": "trainer",
 }
 
@@ -48,6 +50,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "ReplayBuffer",
     "StoreError",
     "StoreWriter",
     "TrainConfig",

@@ -5,7 +5,18 @@ from typing import Literal, TypedDict, final, type_check_only
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Store", "StoreError", "StoreWriter", "__version__", "cem", "noise", "philox"]
+__all__ = [
+    "Store",
+    "StoreError",
+    "StoreWriter",
+    "WindowOrder",
+    "__version__",
+    "cem",
+    "copy_windows",
+    "noise",
+    "philox",
+    "read_windows",
+]
 
 __version__: str
 
@@ -141,3 +152,55 @@ class StoreWriter:
     def close(self) -> None: ...
     def __enter__(self) -> StoreWriter: ...
     def __exit__(self, *_args: object) -> None: ...
+
+@final
+class WindowOrder:
+    """Which window has which place in an epoch: a function of (seed, epoch, place), see `rust/core/src/loader.rs`.
+
+    Args:
+        episodes: Numbers of the episodes (n,).
+        counts: Windows of each (n,).
+        seed: Of the permutation and of the draws, from 0 to 2**64 - 1.
+        shuffle: Every epoch is another permutation; else the windows come in order.
+        weights: Draw with replacement instead, in proportion to these: one for each episode, which each of its windows
+            has, or one for each window.
+    """
+
+    def __new__(
+        cls,
+        episodes: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        *,
+        seed: int,
+        shuffle: bool,
+        weights: NDArray[np.float64] | None = None,
+    ) -> WindowOrder: ...
+    def __len__(self) -> int:
+        """Windows, and places in an epoch."""
+    def windows(self, epoch: int, first: int, count: int) -> NDArray[np.int64]:
+        """(episode, start) (count, 2) at the places from `first` on; draws go on beyond the end."""
+
+def read_windows(
+    store: Store,
+    index: NDArray[np.int64],
+    length: int,
+    stride: int,
+    out: NDArray[np.uint8],
+    *,
+    threads: int | None = None,
+) -> None:
+    """Decodes windows, (episode, start) rows of `index` (B, 2), into a contiguous `out` (B, length, H, W, 3).
+
+    `threads` is the most to use; `LEWM_NUM_THREADS`, else every core, when not given. The GIL is released.
+    """
+
+def copy_windows(
+    parts: list[NDArray[np.uint8]],
+    index: NDArray[np.int64],
+    length: int,
+    stride: int,
+    out: NDArray[np.uint8],
+    *,
+    threads: int | None = None,
+) -> None:
+    """`read_windows` of `parts`, contiguous episodes (N, H, W, 3): `index` (B, 2) has (part, start)."""

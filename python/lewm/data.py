@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lewm._core import Store
-from lewm.checks import integer
+from lewm._core import Store, read_windows
+from lewm.loader import WindowSource, copy_episodes, integers
+from lewm.memory import check_fits
 
 
-class Dataset:
+class Dataset(WindowSource):
     """The episodes of a `.lewm` store, read when they are asked for.
 
     `data[i]` is an `Episode`; `len(data)` and iteration are over episodes. A dataset can be pickled and used in forked
@@ -27,13 +28,17 @@ class Dataset:
     Args:
         path: Folder of the store.
         skip_damaged: Check every byte now, and leave out damaged episodes with a warning instead of refusing them.
+        in_memory: Decode all frames now and keep them in memory, `frame_count * height * width * 3` bytes: batches are
+            then copied, not decoded. (Compressed bytes in memory would gain nothing: once read, the system's file cache
+            has them.) Processes made by fork share the memory, others decode it again.
 
     Raises:
         FileNotFoundError: Nothing is at `path`.
         lewm.StoreError: It is not a store, or a damaged one.
+        MemoryError: `in_memory`, and the machine or a control group of this process has less memory free.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, skip_damaged: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, skip_damaged: bool = False, in_memory: bool = False) -> None:
         self.path = Path(path).absolute()
         self.skip_damaged = skip_damaged
         self._store = Store(self.path, skip_damaged=skip_damaged)
@@ -41,16 +46,17 @@ class Dataset:
             text = "; ".join(self._store.skipped)
             warnings.warn(f"{self.path}: damaged episodes are left out: {text}", RuntimeWarning, stacklevel=2)
         self.metadata: dict[str, Any] = json.loads(self._store.metadata)
+        self.height, self.width, self.action_dim = self._store.height, self._store.width, self._store.action_dim
+        self.columns = self._store.columns
+        self._memory: list[np.ndarray] | None = [] if in_memory else None
+        self._load()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.skip_damaged)
+        return _reopen, (self.path, self.skip_damaged, self._memory is not None)
 
     def __repr__(self) -> str:
         size = f"{self.frame_count} frames of {self.height}x{self.width}"
         return f"Dataset({str(self.path)!r}: {len(self)} episodes, {size}, {self.action_dim} action columns)"
-
-    def __len__(self) -> int:
-        return len(self._store)
 
     def __getitem__(self, index: int) -> Episode:
         return Episode(self, self._index(index))
@@ -58,35 +64,10 @@ class Dataset:
     def __iter__(self) -> Iterator[Episode]:
         return (self[index] for index in range(len(self)))
 
-    @property
-    def height(self) -> int:
-        """Height of a frame, in pixels."""
-        return self._store.height
-
-    @property
-    def width(self) -> int:
-        """Width of a frame, in pixels."""
-        return self._store.width
-
-    @property
-    def action_dim(self) -> int:
-        """Width of one raw action."""
-        return self._store.action_dim
-
-    @property
-    def columns(self) -> dict[str, int]:
-        """Name and width of each column that is kept beside frames and actions."""
-        return self._store.columns
-
     @cached_property
     def lengths(self) -> np.ndarray:
         """Frames of each episode, int64 of shape (episodes,)."""
         return self._store.lengths
-
-    @property
-    def frame_count(self) -> int:
-        """Frames of all episodes."""
-        return int(self.lengths.sum())
 
     def fingerprint(self) -> str:
         """A hexadecimal number of what all episodes hold, in their order: equal for equal data."""
@@ -97,13 +78,18 @@ class Dataset:
         found = self._store.refresh()
         self.__dict__.pop("lengths", None)
         self.__dict__.pop("_actions", None)
+        self._load()
         return found
 
     def frames(self, episode: int, indices: ArrayLike | None = None) -> np.ndarray:
         """Frames of one episode, uint8 of shape (K, H, W, 3): those at `indices` (K,), or all."""
         episode = self._index(episode)
-        chosen = np.arange(self.lengths[episode]) if indices is None else _integers("indices", indices, 1)
-        return self._store.frames(episode, chosen)
+        chosen = np.arange(self.lengths[episode]) if indices is None else integers("indices", indices, 1)
+        if self._memory is None:
+            return self._store.frames(episode, chosen)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < self.lengths[episode]:
+            raise IndexError(f"episode {episode} has {self.lengths[episode]} frames, got indices {chosen}")
+        return self._memory[episode][chosen]
 
     def actions(self, episode: int) -> np.ndarray:
         """Raw actions of one episode, float32 of shape (N-1, A): `actions[t]` leads from frame t to frame t+1."""
@@ -144,7 +130,7 @@ class Dataset:
         Raises:
             ValueError: The actions do not vary, are not finite, or have no bounds.
         """
-        chosen = np.arange(len(self)) if episodes is None else self._episodes(episodes)
+        chosen = np.arange(len(self)) if episodes is None else self._chosen(episodes)
         if not len(chosen):
             raise ValueError("action statistics need at least 1 episode, got none")
         actions, offsets = self._actions
@@ -169,55 +155,26 @@ class Dataset:
             raise ValueError(f"metadata {key!r} of {self.path} must be {self.action_dim} numbers, got {value!r}")
         return bound
 
-    def windows(self, episodes: ArrayLike, frames: int, stride: int = 1) -> np.ndarray:
-        """Every window of `frames` frames, `stride` apart, that lies within one of the episodes.
-
-        Args:
-            episodes: Numbers of the episodes (n,). Those too short for a window are left out.
-            frames: Frames T of a window.
-            stride: Raw steps from one frame of a window to the next.
-
-        Returns:
-            (episode, start) of each window, int64 of shape (windows, 2), in the order of `episodes`.
-
-        Raises:
-            ValueError: No episode is long enough.
-        """
-        chosen = self._episodes(episodes)
-        needed = (integer("frames", frames, 1) - 1) * integer("stride", stride, 1) + 1
-        lengths = self.lengths[chosen]
-        counts = np.maximum(lengths - needed + 1, 0)
-        if not counts.any():
-            longest = f"the longest of {len(chosen)} has {lengths.max()}" if len(chosen) else "there are no episodes"
-            raise ValueError(f"no window of {frames} frames at stride {stride}: it needs {needed} frames, {longest}")
-        starts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.stack([np.repeat(chosen, counts), starts], axis=1)
-
-    def batch(self, index: ArrayLike, frames: int, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Reads windows: only their own frames are decoded, on several threads, with the GIL released.
-
-        Args:
-            index: (episode, start) of each window, integers of shape (B, 2), such as rows of `windows`.
-            frames: Frames T of a window.
-            stride: Raw steps from one frame of a window to the next.
-
-        Returns:
-            Frames, uint8 of shape (B, T, H, W, 3), and the raw actions between them, float32 of shape
-            (B, T-1, stride*A): block k holds the actions at start + k*stride to start + (k+1)*stride - 1, in order.
-
-        Raises:
-            IndexError: A window is not within its episode.
-        """
-        index = _integers("index", index, 2)
-        if index.shape[1] != 2:
-            raise ValueError(f"index must be of shape (B, 2), got {index.shape}")
-        frames, stride = integer("frames", frames, 1), integer("stride", stride, 1)
-        episodes, starts = index.T.copy()
-        pixels = self._store.windows(episodes, starts, frames, stride)
+    def _read(
+        self, index: np.ndarray, frames: int, stride: int, out: np.ndarray, threads: int | None = None
+    ) -> np.ndarray:
+        if self._memory is None:
+            read_windows(self._store, index, frames, stride, out, threads=threads)
+        else:
+            copy_episodes(self._memory, index, frames, stride, out, threads)
         actions, offsets = self._actions
-        steps = np.arange((frames - 1) * stride)
-        blocks = actions[(offsets[episodes] + starts)[:, None] + steps]  # (B, (T-1)*stride, A)
-        return pixels, blocks.reshape(len(index), frames - 1, stride * self.action_dim)
+        episodes, starts = index.T
+        return actions[(offsets[episodes] + starts)[:, None] + np.arange((frames - 1) * stride)]
+
+    def _load(self) -> None:
+        """Decodes the episodes that are not in memory yet."""
+        if self._memory is None:
+            return
+        new = range(len(self._memory), len(self))
+        size = int(self.lengths[new.start :].sum()) * self.height * self.width * 3
+        check_fits(size, f"in_memory=True for {self.path}", "without it the store is read as it is needed")
+        for episode in new:
+            self._memory.append(self._store.frames(episode, np.arange(self.lengths[episode])))
 
     @cached_property
     def _actions(self) -> tuple[np.ndarray, np.ndarray]:
@@ -230,12 +187,6 @@ class Dataset:
         if not -len(self) <= index < len(self):
             raise IndexError(f"episode {index} is not in {self.path}, which has {len(self)}")
         return index % len(self)
-
-    def _episodes(self, episodes: ArrayLike) -> np.ndarray:
-        chosen = _integers("episodes", episodes, 1)
-        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
-            raise IndexError(f"episodes must be from 0 to {len(self) - 1}, got {chosen.min()} to {chosen.max()}")
-        return chosen
 
 
 class Episode:
@@ -271,12 +222,5 @@ class Episode:
         return {name: self._data.column(name, self.index) for name in self._data.columns}
 
 
-def _reopen(path: Path, skip_damaged: bool) -> Dataset:
-    return Dataset(path, skip_damaged=skip_damaged)
-
-
-def _integers(name: str, values: ArrayLike, dimensions: int) -> np.ndarray:
-    array = np.asarray(values)
-    if array.ndim != dimensions or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"{name} must be a {dimensions}-d array of integers, got {array.dtype} of shape {array.shape}")
-    return array.astype(np.int64)
+def _reopen(path: Path, skip_damaged: bool, in_memory: bool) -> Dataset:
+    return Dataset(path, skip_damaged=skip_damaged, in_memory=in_memory)

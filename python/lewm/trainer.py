@@ -8,12 +8,12 @@ import json
 import math
 import os
 import platform
-import queue
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lewm import __version__, diagnostics
 from lewm.checks import integer
 from lewm.config import ModelConfig, TrainConfig, configure, preset_named
 from lewm.data import Dataset
+from lewm.loader import Batch, Loader
 from lewm.losses import prediction_loss, sigreg, sigreg_directions
 from lewm.model import Model, checked_stats
 from lewm.model_file import read_tensors, write_atomically, write_tensors
@@ -129,13 +130,8 @@ class _Run:
         self.device = device_of(device)
         self.train_episodes, self.validation_episodes = data.split(config.validation, seed)
         self.stats = checked_stats(data.action_statistics(self.train_episodes), data.action_dim)
-        self.windows = data.windows(self.train_episodes, config.frames, model_config.action_block)
-        if len(self.windows) < config.batch_size:
-            raise ValueError(
-                f"data must hold at least batch_size = {config.batch_size} training windows, got {len(self.windows)}"
-            )
-        self.per_epoch = len(self.windows) // config.batch_size
-        self.steps = config.steps or max(1, round(config.epochs * self.per_epoch))
+        self.loader = self._loader(seed)
+        self.steps = config.steps or max(1, round(config.epochs * len(self.loader)))
         self.step = 0
         self.seconds = 0.0
         self.metrics: dict[str, float] = {}
@@ -164,7 +160,7 @@ class _Run:
 
     def train(self, checkpoint_every: int, progress: Callable[[int, int, dict[str, float]], None] | None) -> Model:
         writer = _tensorboard(self.out / "tensorboard", self.step)
-        batches = _prefetch(self._batches(self.step))
+        batches = self._batches(self.step)
         started = time.perf_counter() - self.seconds
         interrupt = _HeldInterrupt()
         try:
@@ -246,26 +242,42 @@ class _Run:
 
     # -------------------------------------------------------------------------------------------------------- data
 
-    def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _loader(self, seed: int) -> Loader:
+        return self.data.loader(
+            self.config.batch_size,
+            self.config.frames,
+            self.model_config.action_block,
+            episodes=self.train_episodes,
+            seed=seed,
+            pin_memory=self.device.type == "cuda",
+            transform=self._prepared,
+        )
+
+    def _batches(self, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Batches from `step` on: every epoch is a permutation keyed by (seed, epoch), its remainder dropped."""
-        size = self.config.batch_size
+        self.loader.set_epoch(*divmod(step, len(self.loader)))
         while step < self.steps:
-            epoch, first = divmod(step, self.per_epoch)
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.windows))
-            for i in range(first, min(self.per_epoch, first + self.steps - step)):
-                yield self._read(self.windows[order[i * size : (i + 1) * size]])
-            step += self.per_epoch - first
+            for batch in self.loader:
+                yield batch
+                step += 1
+                if step == self.steps:
+                    break
 
     def _read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
-        frames, actions = self.data.batch(windows, self.config.frames, self.model_config.action_block)
-        block = self.model_config.action_block
-        actions = (actions - np.tile(self.stats["mean"], block)) / np.tile(self.stats["std"], block)
-        tensors = torch.from_numpy(self._resized(frames)), torch.from_numpy(actions.astype(np.float32))
-        if self.device.type == "cuda":
-            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
-        return tensors
+        batch = self.data.batch(windows, self.config.frames, self.model_config.action_block)
+        return self._prepared(Batch(*map(torch.from_numpy, batch)))
 
-    def _resized(self, frames: np.ndarray) -> np.ndarray:
+    def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Frames of the model's size and normalised actions, on the device."""
+        frames, actions = self._resized(batch.frames), batch.actions
+        block = self.model_config.action_block
+        mean, std = (torch.from_numpy(np.tile(self.stats[name], block)) for name in ("mean", "std"))
+        actions = ((actions - mean) / std).float()
+        if self.device.type == "cuda":
+            frames, actions = frames.pin_memory(), actions.pin_memory()  # the frames are, unless they were resized
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in (frames, actions))
+
+    def _resized(self, frames: Any) -> Any:
         size = self.model_config.image_size
         return frames if frames.shape[-2] == size else resize_area(frames, size)
 
@@ -375,10 +387,8 @@ class _Run:
             norm.reset_running_stats()
             norm.momentum = None  # plain average
             norm.train()
-        order = np.random.default_rng((self.seed, 2**32)).permutation(len(self.windows))
-        size = self.config.batch_size
-        batches = (self._read(self.windows[order[i : i + size]]) for i in range(0, len(order) - size + 1, size))
-        for _, (frames, actions) in zip(range(_PRECISE_BATCHES), _prefetch(batches), strict=False):
+        self.loader.set_epoch(2**32 - 1)  # an order that training does not come to
+        for frames, actions in islice(self.loader, _PRECISE_BATCHES):
             self._losses(frames, actions)
         for norm in norms:
             norm.momentum = 0.1
@@ -514,44 +524,6 @@ class _BatchStatistics:
 
     def _norms(self) -> list[torch.nn.BatchNorm1d]:
         return [m for m in self.network.modules() if isinstance(m, torch.nn.BatchNorm1d)]
-
-
-def _prefetch(batches: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]:
-    """`batches`, made one or two ahead in a thread: decoding releases the GIL, so it overlaps the step."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: Any) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                put((batch, None))
-                if stop.is_set():
-                    return
-            put((None, None))
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=work, name="lewm-batches", daemon=True)
-    thread.start()
-    try:
-        while True:
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            if batch is None:
-                return
-            yield batch
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _bfloat16_is_native(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ mod cem;
 mod convert;
 mod engine;
 mod error;
+mod loader;
 mod store;
 
 #[pymodule(gil_used = true)]
@@ -16,6 +17,8 @@ mod _core {
     use crate::engine::Engine;
     #[pymodule_export]
     use crate::error::StoreError;
+    #[pymodule_export]
+    use crate::loader::{copy_windows, read_windows, WindowOrder};
     #[pymodule_export]
     use crate::store::{Store, StoreWriter};
 

@@ -30,7 +30,7 @@ pub struct Store {
 }
 
 impl Store {
-    fn store(&self) -> Arc<store::Store> {
+    pub(crate) fn store(&self) -> Arc<store::Store> {
         Arc::clone(&self.store.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -34,5 +34,6 @@ mod tests;
 mod writer;
 
 pub use format::{Schema, MAX_FRAMES, MAX_SIDE, MAX_WIDTH};
+pub(crate) use reader::threads as threads_allowed;
 pub use reader::Store;
 pub use writer::Writer;

@@ -298,6 +298,14 @@ impl Store {
     /// # Errors
     /// [`Error::Index`]; [`Error::Argument`] for an `out` of another size; [`Error::Corrupt`]; [`Error::Io`].
     pub fn gather(&self, items: &[(usize, usize)], out: &mut [u8]) -> Result<(), Error> {
+        self.gather_on(self.threads, items, out)
+    }
+
+    /// [`Store::gather`] on at most so many threads.
+    ///
+    /// # Errors
+    /// As [`Store::gather`].
+    pub fn gather_on(&self, threads: usize, items: &[(usize, usize)], out: &mut [u8]) -> Result<(), Error> {
         let size = self.schema().frame_bytes();
         if items.len().checked_mul(size) != Some(out.len()) {
             return Err(Error::Argument(format!(
@@ -314,7 +322,7 @@ impl Store {
                 self.frame(found, episode, frame, &mut scratch, out)
             })
         };
-        let threads = self.threads.min(out.len() / BYTES_PER_THREAD).max(1);
+        let threads = threads.min(out.len() / BYTES_PER_THREAD).max(1);
         if threads == 1 {
             return decode(items, out);
         }
@@ -519,7 +527,7 @@ fn read_from(path: &Path, offset: u64) -> std::io::Result<Vec<u8>> {
 }
 
 /// Threads to decode with: `LEWM_NUM_THREADS`, else as many as this process may use (cgroup limits included).
-fn threads() -> Result<usize, Error> {
+pub(crate) fn threads() -> Result<usize, Error> {
     match std::env::var("LEWM_NUM_THREADS") {
         Err(_) => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
         Ok(text) => text.parse().ok().filter(|&threads| threads > 0).ok_or_else(|| {
