@@ -62,7 +62,7 @@ def test_from_collecting_to_a_plan(tmp_path):
     assert np.shape(answer["actions"]) == (25, 2)
     assert np.abs(answer["actions"]).max() <= 1
     assert answer["cost"] >= 0
-    assert answer["backend"] == "torch"
+    assert answer["backend"] == "cpu"
 
 
 @pytest.mark.parametrize(

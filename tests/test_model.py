@@ -25,7 +25,7 @@ import rule
 STATS = {"mean": [0.1, -0.2], "std": [0.5, 0.7], "low": [-1.0, -0.5], "high": [1.0, 2.0]}
 
 
-def make(precision="auto", stats=STATS, **overrides):
+def make(precision="float32", stats=STATS, backend="torch", **overrides):
     config, _ = configure("tiny", 2, {"image_size": 16, **overrides})
     torch.manual_seed(0)
     network = LeWM(config)
@@ -33,12 +33,12 @@ def make(precision="auto", stats=STATS, **overrides):
         for parameter in network.predictor.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     meta = {"preset": "tiny", "planner": {"samples": 20, "iterations": 3, "elites": 5, "horizon": 2}}
-    return lewm.Model(config, network.state_dict(), stats=stats, meta=meta, precision=precision, device="cpu")
+    return lewm.Model(config, network.state_dict(), stats=stats, meta=meta, backend=backend, precision=precision)
 
 
-@pytest.fixture
-def model():
-    return make()
+@pytest.fixture(params=["torch", "cpu"])
+def model(request):
+    return make(backend=request.param)
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_a_model_without_statistics_says_how_to_give_them():
 def test_saved_and_loaded_it_is_the_same(model, frames, tmp_path):
     path = tmp_path / "m.safetensors"
     model.save(path)
-    again = lewm.load(path, device="cpu")
+    again = lewm.load(path, backend=model.backend, precision="float32")
     np.testing.assert_array_equal(again.encode(frames), model.encode(frames))
     assert again.config == model.config
     assert again.hash() == model.hash()
@@ -197,7 +197,7 @@ def test_saved_and_loaded_it_is_the_same(model, frames, tmp_path):
         np.testing.assert_array_equal(again.stats[name], values)
     assert lewm.load(tmp_path / "m.safetensors", stats={**STATS, "mean": [0, 0]}).stats["mean"][0] == 0
     (tmp_path / "model.safetensors").write_bytes(path.read_bytes())
-    assert lewm.load(tmp_path, device="cpu").hash() == model.hash()
+    assert lewm.load(tmp_path).hash() == model.hash()
     assert "action 1: raw bounds [-0.5, 2]" in again.describe()
 
 
@@ -264,7 +264,7 @@ def test_a_model_file_cut_at_any_byte_is_refused(model, tmp_path):
 
 
 def test_weights_that_do_not_fit_are_listed_by_group(model):
-    weights = model.network.state_dict()
+    weights = model._engine.weights()
     weights["extra"] = weights.pop("predictor.pos_embedding")
     with pytest.raises(ValueError, match=r"1 missing \(predictor.pos_embedding\); 1 unexpected \(extra\)"):
         lewm.Model(model.config, weights)
@@ -281,13 +281,17 @@ def test_both_transformers_layouts_load_and_agree():
 
 
 def test_an_engine_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match='backend must be "auto" or "torch" in this release, got "?\'?cuda'):
-        lewm.Model.from_state_dict(rule.weights(1), backend="cuda")
-    with pytest.raises(ValueError, match="precision must be auto or one of"):
-        make("int8")
+    with pytest.raises(ValueError, match='backend must be "auto", "cpu" or "torch", got \'cuda\''):
+        make(backend="cuda")
+    for backend in ("torch", "cpu"):
+        with pytest.raises(ValueError, match="precision must be auto or one of .*got 'int8'"):
+            make("int8", backend=backend)
+    with pytest.raises(ValueError, match='device is for backend "torch"'):
+        lewm.Model.from_state_dict(rule.weights(1), backend="cpu", device="cpu")
 
 
 def test_bfloat16_is_close_to_float32(frames):
+    """On torch, where frames are encoded in it too; tests/test_cpu_backend.py has the rollout on the CPU."""
     exact, rough = make("float32"), make("bfloat16")
     z = exact.encode(frames)
     error = np.linalg.norm(rough.encode(frames) - z) / np.linalg.norm(z)
@@ -317,10 +321,11 @@ def test_use_and_the_environment_variable(model, tmp_path, monkeypatch):
         model_module.current()
 
 
-def test_the_reference_planner_makes_the_official_update():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_reference_planner_makes_the_official_update(backend):
     """4 iterations, 32 samples, 8 elites, the official code's noise: its mean, std and elite cost."""
     x, want = rule.inputs(1), np.load(PARITY / "expected_seed1.npz")
-    model = lewm.Model.from_state_dict(rule.weights(1), stats=STATS)
+    model = lewm.Model.from_state_dict(rule.weights(1), stats=STATS, backend=backend, precision="float32")
     z, goal = model.encode(x["obs"]), model.encode(x["goal"])[:, 0]
     elite_costs = []
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "Engine",
     "Store",
     "StoreError",
     "StoreWriter",
@@ -65,6 +66,59 @@ def cem(
     `cost` gets a new C-contiguous array (E, S, H, A) of `dtype` and returns (E, S). `mean` is (E, H, A), `low` and
     `high` (A,), `env_ids` (E,), `noise` (iterations, E, S, H, A), `deadline` seconds.
     """
+
+@final
+class Engine:
+    """A model on this processor: encoder and rollout, without torch. Arrays are C-contiguous float32 unless said.
+
+    Args:
+        config: The integers of a `ModelConfig`, and `block_dim`.
+        weights: float32 arrays under the official names.
+        precision: Of the rollout; frames are encoded in float32.
+        cpu: One of `instruction_sets(precision)`; the best by default.
+        threads: By default those of the process: LEWM_NUM_THREADS, else what machine and cgroup allow.
+
+    Raises:
+        KeyError, TypeError, ValueError: Something is missing, or not as described; the text names it.
+    """
+
+    def __new__(
+        cls,
+        config: dict[str, int],
+        weights: dict[str, NDArray[np.float32]],
+        *,
+        precision: str = "float32",
+        cpu: str | None = None,
+        threads: int | None = None,
+    ) -> Engine: ...
+    @staticmethod
+    def instruction_sets(precision: str) -> list[str]:
+        """Names of the instruction sets that this processor has for a precision, the best first."""
+    @property
+    def precision(self) -> str:
+        """ "float32" or "bfloat16"."""
+    @property
+    def cpu(self) -> str:
+        """The instruction set of the rollout."""
+    @property
+    def threads(self) -> int:
+        """Threads that work."""
+    def peak(self) -> float:
+        """The most FLOP/s that all threads together reach with the rollout's instructions, registers only, best of five."""
+    def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(N, size, size, 3) -> (N, D)."""
+    def rollout(
+        self, z: NDArray[np.float32], candidates: NDArray[np.float32], past: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """(E, T, D), (E, S, H, A), (E, T - 1, A) -> (E, S, T + H, D)."""
+    def costs(
+        self,
+        z: NDArray[np.float32],
+        goal: NDArray[np.float32],
+        candidates: NDArray[np.float32],
+        past: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Squared distance of the last latent to `goal` (E, D), summed over D: (E, S)."""
 
 @final
 class Store:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +46,10 @@ class Model:
         precision: str = "auto",
         device: str | None = None,
     ) -> None:
-        if backend not in ("auto", "torch"):
-            raise ValueError(f'backend must be "auto" or "torch" in this release, got {backend!r}')
-        try:
-            from lewm.torch_backend import TorchBackend
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"running a model needs {error.name} in this release: pip install 'lewm-fast[train]'"
-            ) from error
         self.config = config
         self.stats = None if stats is None else checked_stats(stats, config.action_dim)
         self.meta = dict(meta or {})
-        self._engine = TorchBackend(config, weights, precision, device)
+        self._engine = _engine(config, weights, backend, precision, device)
 
     @classmethod
     def from_state_dict(
@@ -103,7 +98,11 @@ class Model:
 
     @property
     def network(self) -> Any:
-        """The torch module (torch back end)."""
+        """The torch module; only `backend="torch"` has one."""
+        if self.backend != "torch":
+            raise AttributeError(
+                f'a model on backend {self.backend!r} has no torch module: load it with backend="torch"'
+            )
         return self._engine.network
 
     def encode(self, frames: Any, *, name: str = "frames") -> Any:
@@ -253,8 +252,37 @@ class Model:
     def _give(result: Any, *inputs: Any) -> Any:
         for value in inputs:
             if hasattr(value, "new_tensor"):
-                return result.to(value.device)
-        return result.cpu().numpy()
+                return sys.modules["torch"].as_tensor(result, device=value.device)
+        return result if isinstance(result, np.ndarray) else result.cpu().numpy()
+
+
+def _engine(config: ModelConfig, weights: dict[str, Any], backend: str, precision: str, device: str | None) -> Any:
+    """What runs a model. "auto" is torch where it is asked for by a device or by float64, or sees a GPU; else the CPU."""
+    if backend not in ("auto", "cpu", "torch"):
+        raise ValueError(f'backend must be "auto", "cpu" or "torch", got {backend!r}')
+    if backend == "cpu" and device is not None:
+        raise ValueError(f'device is for backend "torch"; backend "cpu" runs on this processor, got {device!r}')
+    if backend == "auto":
+        backend = "torch" if device is not None or precision == "float64" or _gpu() else "cpu"
+    if backend == "cpu":
+        from lewm.cpu_backend import CpuBackend
+
+        return CpuBackend(config, weights, precision)
+    try:
+        from lewm.torch_backend import TorchBackend
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"backend \"torch\" needs {error.name}: pip install 'lewm-fast[train]'") from error
+    return TorchBackend(config, weights, precision, device)
+
+
+def _gpu() -> bool:
+    """Whether torch sees a CUDA device. torch is imported only where there is a driver: it takes seconds."""
+    driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    if not driver or importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def load(
@@ -270,9 +298,11 @@ def load(
     Args:
         src: A `.safetensors` file that lewm wrote, or a run folder that holds `model.safetensors`.
         stats: Action statistics (see `Model`) to use instead of the file's.
-        backend: "auto" or "torch".
-        precision: "auto" (float32), "float32", "bfloat16" or "float64".
-        device: A torch device; CUDA where there is one, else the CPU, when not given.
+        backend: "cpu" (the Rust engine), "torch" (PyTorch, the reference), or "auto": torch where it sees a GPU or a device
+            or float64 is asked for, else the CPU.
+        precision: "float32"; "bfloat16"; "float64" with torch; or "auto": on "cpu" bfloat16 where it is faster and ranks
+            candidates as float32 does, else float32; on "torch" float32.
+        device: A torch device, for "torch" only; CUDA where there is one, else the CPU, when not given.
 
     Raises:
         FileNotFoundError: There is no such file.

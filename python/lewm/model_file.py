@@ -50,6 +50,90 @@ def current_names(weights: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model of this architecture, in the order of the official state dict."""
+    c = config
+    d, p, inner = c.encoder_dim, c.predictor_dim, c.predictor_heads * c.predictor_head_dim
+    side = c.image_size // c.patch_size
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, outputs: int, *inputs: int, bias: bool = True) -> None:
+        shapes[f"{name}.weight"] = (outputs, *inputs)
+        if bias:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    def projector(name: str, inputs: int) -> None:
+        linear(f"{name}.net.0", c.projector_hidden, inputs)
+        linear(f"{name}.net.1", c.projector_hidden)
+        shapes[f"{name}.net.1.running_mean"] = shapes[f"{name}.net.1.running_var"] = (c.projector_hidden,)
+        shapes[f"{name}.net.1.num_batches_tracked"] = ()
+        linear(f"{name}.net.3", c.embed_dim, c.projector_hidden)
+
+    embeddings = "encoder.embeddings"
+    shapes[f"{embeddings}.cls_token"] = (1, 1, d)
+    shapes[f"{embeddings}.position_embeddings"] = (1, side * side + 1, d)
+    linear(f"{embeddings}.patch_embeddings.projection", d, 3, c.patch_size, c.patch_size)
+    for i in range(c.encoder_depth):
+        layer = f"encoder.layers.{i}"
+        for part in ("q", "k", "v", "o"):
+            linear(f"{layer}.attention.{part}_proj", d, d)
+        linear(f"{layer}.mlp.fc1", c.encoder_mlp, d)
+        linear(f"{layer}.mlp.fc2", d, c.encoder_mlp)
+        linear(f"{layer}.layernorm_before", d)
+        linear(f"{layer}.layernorm_after", d)
+    linear("encoder.layernorm", d)
+
+    shapes["predictor.pos_embedding"] = (1, c.history, c.embed_dim)
+    transformer = "predictor.transformer"
+    if c.embed_dim != p:
+        linear(f"{transformer}.input_proj", p, c.embed_dim)
+        linear(f"{transformer}.cond_proj", p, c.embed_dim)
+        linear(f"{transformer}.output_proj", c.embed_dim, p)
+    for i in range(c.predictor_depth):
+        layer = f"{transformer}.layers.{i}"
+        linear(f"{layer}.attn.norm", p)
+        linear(f"{layer}.attn.to_qkv", 3 * inner, p, bias=False)
+        linear(f"{layer}.attn.to_out.0", p, inner)
+        linear(f"{layer}.mlp.net.0", p)
+        linear(f"{layer}.mlp.net.1", c.predictor_mlp, p)
+        linear(f"{layer}.mlp.net.4", p, c.predictor_mlp)
+        linear(f"{layer}.adaLN_modulation.1", 6 * p, p)
+    linear(f"{transformer}.norm", p)
+
+    linear("action_encoder.patch_embed", c.action_smoothed, c.block_dim, 1)
+    linear("action_encoder.embed.0", c.action_hidden, c.action_smoothed)
+    linear("action_encoder.embed.2", c.embed_dim, c.action_hidden)
+    projector("projector", d)
+    projector("pred_proj", c.embed_dim)
+    return shapes
+
+
+def check_weights(config: ModelConfig, weights: dict[str, Any]) -> None:
+    """Checks that these are the tensors of a model of this architecture.
+
+    Raises:
+        ValueError: Some are missing, unexpected or of another shape; listed by group.
+    """
+    want = tensor_shapes(config)
+    shapes = [
+        f"{name} {tuple(weights[name].shape)}, want {shape}"
+        for name, shape in want.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    groups = (
+        (sorted(set(want) - set(weights)), "missing"),
+        (sorted(set(weights) - set(want)), "unexpected"),
+        (shapes, "of another shape"),
+    )
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for names, kind in groups
+        if names
+    ]
+    if problems:
+        raise ValueError(f"weights do not fit the architecture: {'; '.join(problems)}; want {len(want)} tensors")
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """`content` under `path`, or what was there before: never a part of it."""
     path = Path(path)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lewm.config import ModelConfig
+from lewm.model_file import check_weights
 from lewm.network import LeWM
 
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -32,9 +33,9 @@ class TorchBackend:
         self.precision = "float32" if precision == "auto" else precision
         self.device = device_of(device)
         self.dtype = torch.float64 if precision == "float64" else torch.float32
+        check_weights(config, weights)
         with torch.device("meta"):
             self.network = LeWM(config)
-        _check_names(self.network.state_dict(), weights)
         self.network = self.network.to_empty(device=self.device).to(self.dtype)
         self.network.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()}, strict=True)
         self.network.eval().requires_grad_(False)
@@ -111,19 +112,3 @@ def device_of(name: str | None) -> torch.device:
 def _as_tensor(values: Any) -> Tensor:
     # A flipped view (BGR to RGB) has strides that torch does not take, and a read-only array makes it warn.
     return values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=("C", "W")))
-
-
-def _check_names(want: dict[str, Tensor], got: dict[str, Any]) -> None:
-    missing, unexpected = sorted(set(want) - set(got)), sorted(set(got) - set(want))
-    shapes = [
-        f"{name} {tuple(got[name].shape)}, want {tuple(tensor.shape)}"
-        for name, tensor in want.items()
-        if name in got and tuple(got[name].shape) != tuple(tensor.shape)
-    ]
-    problems = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"weights do not fit the architecture: {'; '.join(problems)}; want {len(want)} tensors")

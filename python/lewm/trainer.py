@@ -421,7 +421,8 @@ class _Run:
                 "bfloat16": self.amp,
             },
         }
-        return Model(self.model_config, self.network.state_dict(), stats=self.stats, meta=meta, device=str(self.device))
+        device = None if self.device.type == "cpu" else str(self.device)
+        return Model(self.model_config, self.network.state_dict(), stats=self.stats, meta=meta, device=device)
 
     def _save(self) -> None:
         """The whole state of the run, in one file that is replaced at once."""

@@ -1,0 +1,151 @@
+"""The `cpu` back end: the Rust engine behind the array interface of `lewm.Model`. torch is never imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lewm._core import Engine, noise
+from lewm.config import ModelConfig
+from lewm.model_file import check_weights, write_atomically
+
+_PRECISIONS = ("float32", "bfloat16")
+# What a precision must reach against float32 on first-iteration candidates to be taken by itself.
+SPEARMAN, OVERLAP = 0.999, 0.95
+
+
+class CpuBackend:
+    """Weights folded and packed for this processor, and the four things planning asks of them.
+
+    Frames are encoded in float32. The rollout is in `precision`: `bfloat16` rounds the factors of matrix products and
+    sums them in float32. "auto" takes bfloat16 where the processor multiplies it faster than float32 and the model
+    ranks candidates alike in both (`agreement`), else float32.
+    """
+
+    name = "cpu"
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Any], precision: str, cpu: str | None = None) -> None:
+        if precision not in ("auto", *_PRECISIONS):
+            known = ", ".join(_PRECISIONS)
+            raise ValueError(f'precision must be auto or one of {known} with backend "cpu", got {precision!r}')
+        self.config = config
+        self._weights = {name: to_numpy(value) for name, value in weights.items()}
+        check_weights(config, self._weights)
+        self._engine = self._made("float32" if precision == "auto" else precision, cpu)
+        if precision == "auto" and bfloat16_is_faster(self._engine, lambda: self._made("bfloat16", cpu)):
+            fast = self._made("bfloat16", cpu)
+            spearman, overlap = agreement(self._engine, fast, config)
+            if spearman >= SPEARMAN and overlap >= OVERLAP:
+                self._engine = fast
+
+    def _made(self, precision: str, cpu: str | None) -> Engine:
+        floats = {name: value for name, value in self._weights.items() if value.dtype == np.float32}
+        return Engine(engine_config(self.config), floats, precision=precision, cpu=cpu)
+
+    @property
+    def precision(self) -> str:
+        """What the rollout computes in."""
+        return self._engine.precision
+
+    @property
+    def engine(self) -> Engine:
+        """The Rust engine."""
+        return self._engine
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The state dict, float32, in NumPy."""
+        return dict(self._weights)
+
+    def encode(self, frames: Any) -> np.ndarray:
+        """(..., size, size, 3) uint8 -> (..., D)."""
+        frames = to_numpy(frames)
+        flat = np.ascontiguousarray(frames.reshape(-1, *frames.shape[-3:]))
+        return self._engine.encode(flat).reshape(*frames.shape[:-3], -1)
+
+    def rollout(self, z: Any, candidates: Any, past_actions: Any | None) -> np.ndarray:
+        """(E, T, D), (E, S, H, A), (E, T - 1, A) -> (E, S, T + H, D)."""
+        past = None if past_actions is None else _floats(past_actions)
+        return self._engine.rollout(_floats(z), _floats(candidates), past)
+
+    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None) -> np.ndarray:
+        """Terminal costs (E, S) of candidates, without keeping the trajectories."""
+        past = None if past_actions is None else _floats(past_actions)
+        return self._engine.costs(_floats(z), _floats(goal), _floats(candidates), past)
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """An array of an array or a tensor on any device; floats become float32."""
+    array = value.detach().float().cpu().numpy() if _is_float_tensor(value) else np.asarray(value)
+    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
+
+
+def engine_config(config: ModelConfig) -> dict[str, int]:
+    """The numbers that the Rust engine needs of a configuration."""
+    numbers = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {name: value for name, value in numbers.items() if isinstance(value, int)} | {"block_dim": config.block_dim}
+
+
+def agreement(exact: Engine, fast: Engine, config: ModelConfig) -> tuple[float, float]:
+    """How alike two engines rank first-iteration candidates: Spearman's rho and the overlap of the best tenth.
+
+    300 candidates from N(0, 1) after each of two latents from N(0, 1), which is what SIGReg makes latents be; the mean of
+    both. A function of the two models alone.
+    """
+    rows, samples, horizon = 2, 300, 5
+    latents = noise(0, np.arange(rows), 0, 0, 2, config.embed_dim).astype(np.float32)
+    blocks = noise(1, np.arange(rows), 0, 0, samples, horizon * config.block_dim).astype(np.float32)
+    blocks = blocks.reshape(rows, samples, horizon, config.block_dim)
+    z, goal = np.ascontiguousarray(latents[:, :1]), np.ascontiguousarray(latents[:, 1])
+    ranks = [np.argsort(np.argsort(engine.costs(z, goal, blocks), axis=1), axis=1) for engine in (exact, fast)]
+    best = [ranks[0] < samples // 10, ranks[1] < samples // 10]
+    spearman = [np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)]
+    overlap = (best[0] & best[1]).sum(1) / (samples // 10)
+    return float(np.mean(spearman)), float(np.mean(overlap))
+
+
+def bfloat16_is_faster(exact: Engine, made: Any) -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32: measured once per processor and remembered.
+
+    It does by a factor of 2 on some and is slower by as much on others. What was measured is kept in the user's cache
+    folder, so that the same model file plans alike in every process.
+    """
+    if not Engine.instruction_sets("bfloat16"):
+        return False
+    name = f"{_processor()} {exact.cpu}"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lewm-fast" / "bfloat16.json"
+    try:
+        known = json.loads(path.read_text())
+        if isinstance(known[name], bool):
+            return known[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    faster = bool(made().peak() > 1.2 * exact.peak())
+    try:
+        known = known if isinstance(known, dict) else {}
+        write_atomically(path, json.dumps({**known, name: faster}).encode())
+    except OSError:
+        pass  # nowhere to remember it
+    return faster
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+        return " ".join(facts.get(key, "") for key in ("model name", "cpu family\t", "model\t\t", "stepping")).strip()
+    except OSError:
+        return platform.processor()
+
+
+def _floats(value: Any) -> np.ndarray:
+    return np.ascontiguousarray(to_numpy(value), dtype=np.float32)
+
+
+def _is_float_tensor(value: Any) -> bool:
+    return hasattr(value, "detach") and value.is_floating_point()
