@@ -1,4 +1,4 @@
-"""The CPU engine: parity with the official code and with float64 PyTorch, on every instruction set of this processor."""
+"""The CPU engine: parity with the official code and float64 PyTorch, on all instruction sets of this processor."""
 
 import json
 import os

@@ -104,7 +104,7 @@ class Engine:
     def threads(self) -> int:
         """Threads that work."""
     def peak(self) -> float:
-        """The most FLOP/s that all threads together reach with the rollout's instructions, registers only, best of five."""
+        """The most FLOP/s of all threads together with the rollout's instructions, registers only, best of five."""
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(N, size, size, 3) -> (N, D)."""
     def rollout(

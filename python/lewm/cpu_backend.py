@@ -94,8 +94,8 @@ def engine_config(config: ModelConfig) -> dict[str, int]:
 def agreement(exact: Engine, fast: Engine, config: ModelConfig) -> tuple[float, float]:
     """How alike two engines rank first-iteration candidates: Spearman's rho and the overlap of the best tenth.
 
-    300 candidates from N(0, 1) after each of two latents from N(0, 1), which is what SIGReg makes latents be; the mean of
-    both. A function of the two models alone.
+    300 candidates from N(0, 1) after each of two latents from N(0, 1), which is what SIGReg makes latents be; the mean
+    of both. A function of the two models alone.
     """
     rows, samples, horizon = 2, 300, 5
     latents = noise(0, np.arange(rows), 0, 0, 2, config.embed_dim).astype(np.float32)

@@ -257,7 +257,7 @@ class Model:
 
 
 def _engine(config: ModelConfig, weights: dict[str, Any], backend: str, precision: str, device: str | None) -> Any:
-    """What runs a model. "auto" is torch where it is asked for by a device or by float64, or sees a GPU; else the CPU."""
+    """What runs a model. "auto" is torch if a device or float64 asks for it or if it sees a GPU, else the CPU."""
     if backend not in ("auto", "cpu", "torch"):
         raise ValueError(f'backend must be "auto", "cpu" or "torch", got {backend!r}')
     if backend == "cpu" and device is not None:
@@ -298,10 +298,10 @@ def load(
     Args:
         src: A `.safetensors` file that lewm wrote, or a run folder that holds `model.safetensors`.
         stats: Action statistics (see `Model`) to use instead of the file's.
-        backend: "cpu" (the Rust engine), "torch" (PyTorch, the reference), or "auto": torch where it sees a GPU or a device
-            or float64 is asked for, else the CPU.
-        precision: "float32"; "bfloat16"; "float64" with torch; or "auto": on "cpu" bfloat16 where it is faster and ranks
-            candidates as float32 does, else float32; on "torch" float32.
+        backend: "cpu" (the Rust engine), "torch" (PyTorch, the reference), or "auto": torch where it sees a GPU or where
+            a device or float64 is asked for, else the CPU.
+        precision: "float32"; "bfloat16"; "float64" with torch; or "auto": on "cpu" bfloat16 where it is faster and
+            ranks candidates as float32 does, else float32; on "torch" float32.
         device: A torch device, for "torch" only; CUDA where there is one, else the CPU, when not given.
 
     Raises:
