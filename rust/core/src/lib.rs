@@ -2,11 +2,11 @@
 //!
 //! * [`rng`]: Philox4x32-10 and the normals made from it, keyed so that a candidate's noise depends on
 //!   (seed, environment, plan, iteration, sample) and on nothing else.
-//! * [`cem`]: the cross-entropy method, written once, driving any [`cem::Cost`].
+//! * [`planner`]: CEM, iCEM and MPPI, one loop that drives any [`planner::Cost`].
 //! * [`store`]: the trajectory store, append-only shards of whole episodes.
 
-pub mod cem;
 pub mod error;
+pub mod planner;
 pub mod rng;
 pub mod store;
 

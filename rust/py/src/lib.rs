@@ -2,17 +2,17 @@
 
 use pyo3::prelude::*;
 
-mod cem;
 mod convert;
 mod error;
+mod planner;
 mod store;
 
 #[pymodule(gil_used = true)]
 mod _core {
     #[pymodule_export]
-    use crate::cem::{cem, noise, philox};
-    #[pymodule_export]
     use crate::error::StoreError;
+    #[pymodule_export]
+    use crate::planner::{noise, philox, Planner};
     #[pymodule_export]
     use crate::store::{Store, StoreWriter};
 
