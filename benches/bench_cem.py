@@ -10,7 +10,7 @@ SAMPLES, ITERATIONS, ELITES, HORIZON, WIDTH = 300, 30, 30, 5, 10
 
 
 def test_bookkeeping_of_a_paper_size_plan(benchmark):
-    """Our side includes a call into Python and a copy of the candidates per iteration, which a cost in Rust does without."""
+    """Ours includes a call into Python and a copy of the candidates per iteration: a cost in Rust needs neither."""
     score = np.random.default_rng(0).random((1, SAMPLES))
     planner = Planner("cem", samples=SAMPLES, iterations=ITERATIONS, elites=ELITES)
     scores = {SAMPLES: score, 1: score[:, :1].copy()}

@@ -178,9 +178,7 @@ def test_mppi_agrees_with_numpy():
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])
 def test_mppi_does_not_mind_the_scale_of_costs(scale):
     cost = Quadratic(targets(np.random.default_rng(9), 1))
-    plans = [
-        solve(lambda x, s=s: 7 + s * cost(x), np.zeros((1, 3, 4)), method="mppi", **SMALL) for s in (1.0, scale)
-    ]
+    plans = [solve(lambda x, s=s: 7 + s * cost(x), np.zeros((1, 3, 4)), method="mppi", **SMALL) for s in (1.0, scale)]
     np.testing.assert_allclose(plans[0]["mean"], plans[1]["mean"], atol=1e-4)
 
 
@@ -215,9 +213,7 @@ def test_same_seed_same_bits_other_seed_other_plan(dtype, method):
     cost = Quadratic(targets(np.random.default_rng(2), 2))
 
     def plan(**keys):
-        return solve(
-            cost, np.zeros((2, 3, 4)), method=method, **SMALL, **({"seed": 5, "dtype": dtype} | keys)
-        )
+        return solve(cost, np.zeros((2, 3, 4)), method=method, **SMALL, **({"seed": 5, "dtype": dtype} | keys))
 
     first, again = plan(), plan()
     for name in ARRAYS:
@@ -402,7 +398,11 @@ def test_ctrl_c_reaches_a_cost_that_runs_no_python():
         ({"method": "icem", "temperature": 1.0}, TypeError, "icem has no temperature: it is one of mppi"),
         ({"method": "icem", "factor": 0.5}, ValueError, "factor must be finite and at least 1, got 0.5"),
         ({"method": "icem", "keep": 1.0}, ValueError, "keep must be at least 0 and below 1, got 1"),
-        ({"method": "icem", "kept": np.zeros((1, 1, 3, 4))}, ValueError, r"kept .* = \(1, 2, 3, 4\), got \(1, 1, 3, 4\)"),
+        (
+            {"method": "icem", "kept": np.zeros((1, 1, 3, 4))},
+            ValueError,
+            r"kept .* = \(1, 2, 3, 4\), got \(1, 1, 3, 4\)",
+        ),
         ({"method": "icem", "kept": np.full((1, 2, 3, 4), np.nan)}, ValueError, "kept must be finite, got NaN"),
         ({"method": "mppi", "temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0"),
         ({"beta": 2.0}, TypeError, "cem has no beta: it is one of icem"),

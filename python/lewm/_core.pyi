@@ -35,8 +35,7 @@ def noise(seed: int, env_ids: ArrayLike, plan: int, iteration: int, samples: int
 class Planner:
     """CEM, iCEM or MPPI over plans (E, H, A), and its memory; `help(lewm._core.Planner)` tells all.
 
-    `reference` is for "cem"; `beta`, `factor`, `keep` and `momentum` are for "icem", `temperature` for "mppi", and needed
-    there.
+    `reference` is for "cem"; "icem" needs `beta`, `factor`, `keep` and `momentum`, "mppi" needs `temperature`.
     """
 
     def __new__(
@@ -76,8 +75,8 @@ class Planner:
     ) -> _Found:
         """Plans. `cost` gets a new C-contiguous array (E, S, H, A) of the planner's dtype and returns (E, S).
 
-        `mean` is (E, H, A), `low` and `high` (A,), `env_ids` (E,), `kept` (E, K, H, A), `noise` (iterations, E, S, H, A),
-        `deadline` seconds.
+        `mean` is (E, H, A), `low` and `high` (A,), `env_ids` (E,), `kept` (E, K, H, A), `deadline` seconds, `noise`
+        (iterations, E, S, H, A).
         """
 
 @final

@@ -44,8 +44,8 @@ class Controller:
         deadline_ms: Per planning call, see `lewm.plan`.
         seed: Of the noise, see `lewm.plan`.
         env_id: Of the noise: an int (environments of a batch count up from it) or one per environment.
-        warm_start: Start a search from the rest of the last plan, filled up with mean actions; with `ICEM` also from the
-            rests of its best elites. Without effect when whole plans are executed.
+        warm_start: Start a search from the rest of the last plan, filled up with mean actions; with `ICEM` also from
+            the rests of its best elites. Without effect when whole plans are executed.
 
     Attributes:
         plan: The last `lewm.Plan`, None before the first.

@@ -1,8 +1,8 @@
 """Planning by sampling on a world model, from a picture of now and a picture of the goal.
 
-The sampling loop itself is `lewm._core.Planner` (Rust). Here are its settings (`CEM`, `ICEM`, `MPPI`), the checks on what
-a user passes, and the one mapping between raw actions and the model's normalised blocks. NumPy only: torch is never
-imported.
+The sampling loop itself is `lewm._core.Planner` (Rust). Here are its settings (`CEM`, `ICEM`, `MPPI`), the checks on
+what a user passes, and the one mapping between raw actions and the model's normalised blocks. NumPy only: torch is
+never imported.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class ICEM:
     """Settings of iCEM (Pinneri et al. 2020, "Sample-efficient Cross-Entropy Method for Real-time Planning").
 
     CEM with noise that is correlated over the horizon (its variance is 1 at every step, whatever the horizon), fewer
-    samples in each iteration, the best elites scored again in the next iteration and, by a `lewm.Controller`, in the next
-    plan, and the mean among the samples of the last iteration only. Kept elites take the place of samples. The defaults
-    of elites, beta, factor, keep and momentum are the paper's; 100 samples did as well as 300 of CEM where
-    stable-worldmodel compared them on this model (its pull request 157); the rest is as in `CEM`.
+    samples in each iteration, the best elites scored again in the next iteration and, by a `lewm.Controller`, in the
+    next plan, and the mean among the samples of the last iteration only. Kept elites take the place of samples. The
+    defaults of elites, factor, keep and momentum are the paper's, beta is within its range; 100 samples did as well as
+    300 of CEM where stable-worldmodel compared them on this model (its pull request 157); the rest is as in `CEM`.
 
     Args:
         samples: Candidates of the first iteration, per environment.
@@ -101,11 +101,12 @@ class ICEM:
 
 @dataclass(frozen=True)
 class MPPI:
-    """Settings of MPPI (Williams et al. 2017) with the update of TD-MPC2 (Hansen et al. 2024), whose defaults these are.
+    """Settings of MPPI (Williams et al. 2017) with the update of TD-MPC2 (Hansen et al. 2024).
 
-    Elites weigh `exp(-(cost - lowest) / (temperature * gap))`, where the gap is the mean elite cost less the lowest: costs
-    of any scale need the same temperature. The standard deviation is that of the weighted elites, floored, because one
-    that stays fixed cannot settle on a plan within a few iterations.
+    Elites weigh `exp(-(cost - lowest) / (temperature * gap))`, where the gap is the mean elite cost less the lowest:
+    costs of any scale need the same temperature. The standard deviation is that of the weighted elites, floored,
+    because one that stays fixed cannot settle on a plan within a few iterations. The defaults of samples, iterations,
+    elites and min_std are TD-MPC2's; the rest is as in `CEM`, and the temperature, scaled otherwise there, our own.
 
     Args:
         samples, iterations, elites, horizon, init_std, min_std: As in `CEM`.
@@ -218,8 +219,8 @@ def plan(
         past_actions: Raw actions executed between the T frames of obs, (T-1, block * A_raw) or (T-1, block, A_raw),
             with a leading E where obs has one. They are given to the model as they are and never optimised.
         init: Warm start, the first mean in normalised blocks, (H, A) or (E, H, A); by default zeros, the mean action.
-        deadline_ms: Return the best found so far before an iteration that would end later than this after the call, if it
-            took as long as the one before; the first one always runs.
+        deadline_ms: Return the best found so far before an iteration that would end later than this after the call,
+            if it took as long as the one before; the first one always runs.
         return_rollout: Also give the imagined latents.
 
     Returns:

@@ -304,7 +304,7 @@ where
                 return Ok(());
             }
             looked = Instant::now();
-            Python::attach(|py| py.check_signals()).map_err(BindError)
+            Python::attach(|py| Ok(py.check_signals()?))
         };
         planner.run(task, &mut workspace, cost, &mut interrupt).cloned()
     })?;

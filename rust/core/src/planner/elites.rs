@@ -75,6 +75,7 @@ mod tests {
             ], 1..60),
             share in 0.0..1.0_f64,
         ) {
+            #[allow(clippy::cast_sign_loss)]
             let count = 1 + (share * (costs.len() - 1) as f64) as usize;
             let mut order: Vec<usize> = (0..costs.len()).filter(|&i| costs[i] < f64::INFINITY).collect();
             order.sort_by(|&a, &b| costs[a].partial_cmp(&costs[b]).unwrap());

@@ -18,6 +18,7 @@ pub struct Icem {
     pub momentum: f64,
 }
 
+#[allow(clippy::cast_sign_loss)] // none is negative
 impl Icem {
     /// Samples of an iteration, never below twice the elites.
     pub(super) fn population(&self, samples: usize, elites: usize, iteration: usize) -> usize {

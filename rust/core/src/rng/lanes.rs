@@ -3,6 +3,7 @@
 //! The intrinsics are written out because the compiler, left to vectorise plain loops, was found to gather and scatter
 //! instead. Every operation is exact or correctly rounded, so all implementations give the same bits.
 #![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop, clippy::float_cmp)] // lanes are numbered; moved means not the same number
 
 /// An instruction set. A value of it is the proof that the processor has it.
 pub trait Lanes: Copy {
@@ -38,7 +39,7 @@ pub trait Lanes: Copy {
     /// Signed numbers that float32 can hold.
     fn to_float(self, a: Self::I) -> Self::F;
     fn bits(self, a: Self::F) -> Self::I;
-    fn from_bits(self, a: Self::I) -> Self::F;
+    fn as_float(self, a: Self::I) -> Self::F;
 
     fn float(self, x: f32) -> Self::F;
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
@@ -153,7 +154,7 @@ impl Lanes for Portable {
         each(a, a, |a, _| a.to_bits())
     }
     #[inline(always)]
-    fn from_bits(self, a: Self::I) -> Self::F {
+    fn as_float(self, a: Self::I) -> Self::F {
         each(a, a, |a, _| f32::from_bits(a))
     }
     #[inline(always)]
@@ -184,7 +185,7 @@ impl Lanes for Portable {
     fn clamp(self, x: Self::F, low: Self::F, high: Self::F, moved: &mut Self::I) -> Self::F {
         let above = each(x, low, |x, low| if x > low { x } else { low });
         let within = each(above, high, |x, high| if x < high { x } else { high });
-        *moved = each(*moved, each(x, within, |x, y| u32::from(x < y || x > y)), |sum, one| sum + one);
+        *moved = each(*moved, each(x, within, |x, y| u32::from(x != y)), |sum, one| sum + one);
         within
     }
     #[inline(always)]
@@ -233,6 +234,7 @@ mod x86 {
     macro_rules! operations {
         ($($name:ident($self:ident $(, $argument:ident: $type:ty)*) -> $result:ty { $body:expr })*) => {$(
             #[inline(always)]
+            #[allow(unused_unsafe)] // some are made of others
             fn $name($self $(, $argument: $type)*) -> $result {
                 // SAFETY: `self` exists only where the processor has the instructions; memory is read and
                 // written within arrays of that size, and within slices after a check of their length.
@@ -267,7 +269,7 @@ mod x86 {
             shift_right_23(self, a: __m512i) -> __m512i { _mm512_srai_epi32::<23>(a) }
             to_float(self, a: __m512i) -> __m512 { _mm512_cvtepi32_ps(a) }
             bits(self, a: __m512) -> __m512i { _mm512_castps_si512(a) }
-            from_bits(self, a: __m512i) -> __m512 { _mm512_castsi512_ps(a) }
+            as_float(self, a: __m512i) -> __m512 { _mm512_castsi512_ps(a) }
             float(self, x: f32) -> __m512 { _mm512_set1_ps(x) }
             fma(self, a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
             times(self, a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
@@ -277,7 +279,7 @@ mod x86 {
             }
             flip(self, x: __m512, t: __m512i) -> __m512 {
                 // x ^ (t & sign)
-                self.from_bits(_mm512_ternarylogic_epi32::<0x78>(self.bits(x), t, self.int(1 << 31)))
+                self.as_float(_mm512_ternarylogic_epi32::<0x78>(self.bits(x), t, self.int(1 << 31)))
             }
             clamp(self, x: __m512, low: __m512, high: __m512, moved: &mut __m512i) -> __m512 {{
                 let within = _mm512_min_ps(_mm512_max_ps(x, low), high);
@@ -346,7 +348,7 @@ mod x86 {
             shift_right_23(self, a: __m256i) -> __m256i { _mm256_srai_epi32::<23>(a) }
             to_float(self, a: __m256i) -> __m256 { _mm256_cvtepi32_ps(a) }
             bits(self, a: __m256) -> __m256i { _mm256_castps_si256(a) }
-            from_bits(self, a: __m256i) -> __m256 { _mm256_castsi256_ps(a) }
+            as_float(self, a: __m256i) -> __m256 { _mm256_castsi256_ps(a) }
             float(self, x: f32) -> __m256 { _mm256_set1_ps(x) }
             fma(self, a: __m256, b: __m256, c: __m256) -> __m256 { _mm256_fmadd_ps(a, b, c) }
             times(self, a: __m256, b: __m256) -> __m256 { _mm256_mul_ps(a, b) }
@@ -356,7 +358,7 @@ mod x86 {
                 _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32::<1>(t)))
             }
             flip(self, x: __m256, t: __m256i) -> __m256 {
-                _mm256_xor_ps(x, self.from_bits(self.and(t, self.int(1 << 31))))
+                _mm256_xor_ps(x, self.as_float(self.and(t, self.int(1 << 31))))
             }
             clamp(self, x: __m256, low: __m256, high: __m256, moved: &mut __m256i) -> __m256 {{
                 let within = _mm256_min_ps(_mm256_max_ps(x, low), high);

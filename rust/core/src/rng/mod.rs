@@ -26,6 +26,8 @@
 
 // What runs under another instruction set has to be compiled into the function that has it.
 #![allow(clippy::inline_always)]
+// Vectors take turns by number.
+#![allow(clippy::needless_range_loop)]
 
 mod lanes;
 
@@ -154,6 +156,7 @@ fn round_lanes<V: Lanes>(v: V, m: (V::W, V::W), state: [[V::W; 4]; 4], key: [u32
 /// 0 <= y <= 1/4, with x = sqrt(y), sin(x pi/2) / x and (cos(x pi/2) - 1) / y. The tests measure what they are good for.
 const LOG: [f32; 7] =
     [1.000_006_4, -0.666_694_3, 0.499_424_58, -0.398_137_66, 0.344_864_52, -0.323_609_95, 0.201_647_43];
+#[allow(clippy::approx_constant)] // one coefficient among others
 const SIN: [f32; 4] = [1.570_796_3, -0.645_962_95, 0.079_675_905, -0.004_592_289];
 const COS: [f32; 4] = [-1.233_700_5, 0.253_669_23, -0.020_860_288, 0.000_904_021_7];
 
@@ -182,7 +185,7 @@ fn box_muller<V: Lanes, const K: usize>(v: V, w0: &[V::I; K], w1: &[V::I; K]) ->
         // 2^24 u = 2^e m with m = 1 + f in [sqrt(1/2), sqrt(2)); the subtraction takes the 24 off e, too.
         let u = v.to_float(v.add(v.shift_right_8(w0[k]), v.int(1)));
         bits[k] = v.add(v.bits(u), v.int((ROOT + (24 << 23)).wrapping_neg()));
-        let m = v.from_bits(v.add(v.and(bits[k], v.int((1 << 23) - 1)), v.int(ROOT)));
+        let m = v.as_float(v.add(v.and(bits[k], v.int((1 << 23) - 1)), v.int(ROOT)));
         f[k] = v.fma(m, v.float(1.0), v.float(-1.0));
     }
     for k in 0..K {
@@ -238,7 +241,7 @@ fn draw_lanes<V: Lanes, T: Out>(
                 let c0 = key.iteration << 16 | (from + 2 * pair) as u32;
                 let words = philox_lanes(v, [c0, c0 + 1], [key.plan, key.env_id], samples, &keys);
                 for i in 0..4 {
-                    (a[i], b[i]) = (v.from_bits(words[0][i]), v.from_bits(words[1][i]));
+                    (a[i], b[i]) = (v.as_float(words[0][i]), v.as_float(words[1][i]));
                 }
             }
             for [a, b] in pairs {
