@@ -5,7 +5,7 @@ import pytest
 
 from fake_models import PointModel
 from lewm.controller import Controller
-from lewm.planner import CEM, plan
+from lewm.planner import CEM, ICEM, MPPI, plan, plan_latents
 
 SMALL = CEM(samples=32, iterations=4, elites=6, horizon=3)
 GOAL = np.array([2.0, -1.0])
@@ -52,6 +52,31 @@ def test_it_replans_after_the_blocks_to_execute_from_the_shifted_mean(execute):
         want = plan(obs[step], GOAL, model=model, planner=SMALL, plan_index=plans, init=init)
         np.testing.assert_array_equal(actions[step : step + 2 * execute], want.actions[: 2 * execute])
         init = np.concatenate([want.mean[execute:], np.zeros((execute, 4))])
+
+
+def test_icem_scores_the_rests_of_its_elites_again():
+    model, planner = PointModel(), ICEM(samples=32, iterations=4, elites=10, horizon=3)
+    obs = frames(model, 4)
+    controller = Controller(model, GOAL, planner=planner, execute=1)
+    actions = [controller(frame) for frame in obs[:2]]
+    before = controller.plan
+    actions += [controller(frame) for frame in obs[2:]]
+    kept = np.concatenate([before.kept[:, 1:], np.zeros((3, 1, 4))], axis=1)
+    np.testing.assert_array_equal(model.asked[5][1][0, -3:], kept)
+    init = np.concatenate([before.mean[1:], np.zeros((1, 4))])
+    z = model.encode(obs[2:3])[:, None]
+    want = plan_latents(model, z, GOAL[None], planner, env_ids=[0], plan_index=1, init=init, kept=kept[None])
+    np.testing.assert_array_equal(np.stack(actions[2:]), want.actions[0, :2])
+
+
+@pytest.mark.parametrize("kind", [ICEM, MPPI])
+def test_a_reset_clears_what_a_planner_keeps(kind):
+    model = PointModel()
+    obs = frames(model, 8)
+    controller = Controller(model, GOAL, planner=kind(samples=32, iterations=3, elites=10, horizon=3), execute=1)
+    first = run(controller, obs)
+    controller.reset()
+    np.testing.assert_array_equal(run(controller, obs), first)
 
 
 def test_without_warm_start_every_search_begins_at_the_mean_action():
@@ -212,7 +237,7 @@ def test_a_tensor_in_gives_a_tensor_out():
         ({"execute": 0}, ValueError, r"execute must be an integer of at least 1 and below 4, got 0"),
         ({"execute": 4}, ValueError, r"execute must be .*got 4"),
         ({"execute": 1.0}, TypeError, r"execute must be an integer"),
-        ({"planner": "cem"}, TypeError, r"planner must be a lewm\.CEM, got str"),
+        ({"planner": "cem"}, TypeError, r"planner must be a lewm\.CEM, lewm\.ICEM or lewm\.MPPI, got str"),
         ({"goal": np.zeros(5)}, ValueError, r"goal latents must be of shape"),
     ],
 )

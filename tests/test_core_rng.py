@@ -70,31 +70,16 @@ def test_words(counters, k0, k1):
 )
 def test_noise(seed, env_ids, plan, iteration, samples, width):
     got = _core.noise(seed, env_ids, plan, iteration, samples, width)
-    assert got.dtype == np.float64
+    assert got.dtype == np.float32
     assert got.shape == (len(env_ids), samples, width)
-    np.testing.assert_allclose(got, noise(seed, env_ids, plan, iteration, samples, width), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(got, noise(seed, env_ids, plan, iteration, samples, width), rtol=0, atol=1e-6)
 
 
 def test_noise_in_the_last_block():
     got = _core.noise(5, [3], 1, 65535, 1, 4 * 65536)
-    np.testing.assert_allclose(got, noise(5, [3], 1, 65535, 1, 4 * 65536), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(got, noise(5, [3], 1, 65535, 1, 4 * 65536), rtol=0, atol=1e-6)
     assert abs(got.mean()) < 0.01
     assert abs(got.std() - 1) < 0.01
-
-
-def test_float32_box_muller_is_within_1e_6():
-    """Why the layout uses 24 bits: float32 starts from the same numbers."""
-    want = _core.noise(9, [0, 1], 0, 0, 100, 50)
-    block = np.arange(13)
-    counter = np.stack(np.broadcast_arrays(block, 7, 0, 1), axis=-1)
-    w = philox(counter, (9, 0)).reshape(-1, 2, 2) >> np.uint32(8)
-    u, v = ((w[..., 0] + 1) * 2.0**-24).astype(np.float32), (w[..., 1] * 2.0**-24).astype(np.float32)
-    assert (u.astype(np.float64) == (w[..., 0] + 1) * 2.0**-24).all()
-    radius = np.sqrt(np.float32(-2) * np.log(u))
-    # sin and cos of 2 pi v in float64: an accurate float32 sincospi does the same.
-    angle = 2 * np.pi * v.astype(np.float64)
-    got = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).ravel()[:50]
-    np.testing.assert_allclose(got, want[1, 7], rtol=0, atol=1e-6)
 
 
 def test_one_environment_alone_or_in_a_batch():

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 import lewm
 from lewm import model as model_module
-from lewm._core import cem
+from lewm._core import Planner
 from lewm.config import configure
 from lewm.network import LeWM
 from lewm.pixels import resize_area
@@ -334,9 +334,8 @@ def test_the_reference_planner_makes_the_official_update(backend):
         elite_costs.append(np.sort(costs, axis=1)[:, :8].mean())
         return costs
 
-    found = cem(
-        cost, np.zeros((1, 5, 10)), samples=32, iterations=4, elites=8, reference=True, noise=x["cem_noise"][:, None]
-    )
+    planner = Planner("cem", samples=32, iterations=4, elites=8, reference=True)
+    found = planner.solve(cost, np.zeros((1, 5, 10)), noise=x["cem_noise"][:, None])
     for name, value in (("mean", found["mean"]), ("std", found["std"]), ("actions", found["actions"])):
         expected = want["cem_std" if name == "std" else "cem_mean"]
         assert np.linalg.norm(value - expected) / np.linalg.norm(expected) < 1e-4, name

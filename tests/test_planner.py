@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fake_models import PointModel
 from lewm import _core
-from lewm.planner import CEM, plan
+from lewm.planner import CEM, ICEM, MPPI, plan
 
 SMALL = CEM(samples=32, iterations=6, elites=6, horizon=3)
 
@@ -39,6 +39,37 @@ def test_plan_reaches_the_goal_and_says_so():
     assert found.latency_ms > 0
     assert 0 < found.clipped < 1
     assert found.imagined is None
+
+
+@pytest.mark.parametrize("planner", [ICEM(horizon=3), MPPI(horizon=3)], ids=["icem", "mppi"])
+def test_the_other_planners_reach_it_too(planner):
+    model = PointModel()
+    found = plan(model.picture([0.5, -0.5]), model.picture([-2.0, 1.5]), model=model, planner=planner)
+    assert found.cost < 0.05
+    assert found.iterations == planner.iterations
+    assert found.kept.shape == (3 if isinstance(planner, ICEM) else 0, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("meta", "iterations"),
+    [
+        ({"name": "cem", "iterations": 3}, 3),
+        ({"name": "icem", "horizon": 2}, 30),
+        ({"name": "mppi", "temperature": 1.0}, 6),
+        (None, 30),
+    ],
+)
+def test_the_model_file_names_its_planner(meta, iterations):
+    model = PointModel(planner=meta)
+    obs = model.picture([0, 0])
+    assert plan(obs, obs, model=model).iterations == iterations
+
+
+def test_a_model_file_that_names_no_planner_known_is_refused():
+    model = PointModel(planner={"name": "adam"})
+    obs = model.picture([0, 0])
+    with pytest.raises(ValueError, match=r"planner's name must be one of 'cem', 'icem', 'mppi', got 'adam'"):
+        plan(obs, obs, model=model)
 
 
 def test_cost_is_that_of_the_actions_returned():
@@ -132,12 +163,13 @@ def test_one_goal_serves_a_batch_and_latents_serve_as_goal():
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), dims=st.integers(1, 8), block=st.integers(1, 5), dtype=st.sampled_from([np.float32, np.float64]))
-def test_every_action_is_within_the_raw_bounds(data, dims, block, dtype):
+@pytest.mark.parametrize("kind", [CEM, ICEM, MPPI])
+def test_every_action_is_within_the_raw_bounds(kind, data, dims, block, dtype):
     number = st.floats(-5, 5).map(lambda x: round(x, 3))
     mean, low = (np.array(data.draw(st.lists(number, min_size=dims, max_size=dims))) for _ in range(2))
     width, std = (np.array(data.draw(st.lists(st.floats(0.01, 4), min_size=dims, max_size=dims))) for _ in range(2))
     model = PointModel(dims, block, dtype=dtype, stats={"mean": mean, "std": std, "low": low, "high": low + width})
-    planner = CEM(samples=8, iterations=2, elites=2, horizon=2, init_std=3.0)
+    planner = kind(samples=8, iterations=2, elites=2, horizon=2, init_std=3.0)
     obs, goal = model.picture(np.zeros(dims)), np.full(dims, 50.0)
     first = plan(obs, goal, model=model, planner=planner)
     warm = plan(obs, goal, model=model, planner=planner, init=10 * first.mean, plan_index=1)
@@ -266,6 +298,23 @@ def test_cem_refuses(settings, error, match):
         CEM(**settings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "match"),
+    [
+        (ICEM, {"elites": 400}, r"elites must be at most samples \(100\), got 400"),
+        (ICEM, {"beta": -1}, r"beta must be zero or a positive number, got -1"),
+        (ICEM, {"factor": 0.5}, r"factor must be a number of at least 1, got 0\.5"),
+        (ICEM, {"keep": 1}, r"keep must be at least 0 and below 1, got 1"),
+        (ICEM, {"momentum": float("nan")}, r"momentum must be at least 0 and below 1, got nan"),
+        (MPPI, {"temperature": 0}, r"temperature must be a positive number, got 0"),
+        (MPPI, {"min_std": -1}, r"min_std must be .*got -1"),
+    ],
+)
+def test_the_others_refuse(kind, settings, match):
+    with pytest.raises(ValueError, match=match):
+        kind(**settings)
+
+
 FRAME = np.zeros((8, 8, 3), np.uint8)
 
 
@@ -290,7 +339,7 @@ FRAME = np.zeros((8, 8, 3), np.uint8)
         ({"goal": np.array([0, np.nan])}, ValueError, r"goal latents must be finite, got 1"),
         ({"goal": np.zeros((3, 2))}, ValueError, r"goal must be of 1 or 1 environments, as obs is, got 3"),
         ({"obs": FRAME[None].repeat(2, 0), "goal": FRAME[None].repeat(3, 0)}, ValueError, r"1 or 2 .*got 3"),
-        ({"planner": {"samples": 3}}, TypeError, r"planner must be a lewm\.CEM, got dict"),
+        ({"planner": {"samples": 3}}, TypeError, r"planner must be a lewm\.CEM, lewm\.ICEM or lewm\.MPPI, got dict"),
         ({"seed": -1}, ValueError, r"seed must be .*got -1"),
         ({"seed": 2**64}, ValueError, r"seed must be .*got 18446744073709551616"),
         ({"seed": 0.5}, TypeError, r"seed must be an integer.*got 0\.5"),

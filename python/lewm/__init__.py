@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lewm.data import Dataset
     from lewm.evaluation import PROTOCOLS, evaluate
     from lewm.model import Model, load, use
-    from lewm.planner import CEM, Plan, plan
+    from lewm.planner import CEM, ICEM, MPPI, Plan, plan
     from lewm.replay import ReplayBuffer
     from lewm.trainer import train
 
@@ -35,6 +35,8 @@ _HOME = {
     "load": "model",
     "use": "model",
     "CEM": "planner",
+    "ICEM": "planner",
+    "MPPI": "planner",
     "Plan": "planner",
     "plan": "planner",
     "ReplayBuffer": "replay",
@@ -43,6 +45,8 @@ _HOME = {
 
 __all__ = [
     "CEM",
+    "ICEM",
+    "MPPI",
     "PRESETS",
     "PROTOCOLS",
     "Controller",

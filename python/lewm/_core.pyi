@@ -1,18 +1,18 @@
 import os
 from collections.abc import Callable
-from typing import Literal, TypedDict, final, type_check_only
+from typing import TypedDict, final, type_check_only
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "Engine",
+    "Planner",
     "Store",
     "StoreError",
     "StoreWriter",
     "WindowOrder",
     "__version__",
-    "cem",
     "copy_windows",
     "noise",
     "philox",
@@ -25,7 +25,7 @@ class StoreError(Exception):
     """A trajectory store whose bytes are not what was committed."""
 
 @type_check_only
-class _CemResult(TypedDict):
+class _Found(TypedDict):
     actions: NDArray[np.float64]
     cost: NDArray[np.float64]
     mean: NDArray[np.float64]
@@ -33,39 +33,63 @@ class _CemResult(TypedDict):
     elite_cost: NDArray[np.float64]
     iterations: int
     trace: NDArray[np.float64]
+    kept: NDArray[np.float64]
     clipped: NDArray[np.float64]
     deadline_hit: bool
 
 def philox(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
     """Philox4x32-10 words (N, 4) of counters (N, 4) under a key (2,), all uint32."""
 
-def noise(seed: int, env_ids: ArrayLike, plan: int, iteration: int, samples: int, width: int) -> NDArray[np.float64]:
+def noise(seed: int, env_ids: ArrayLike, plan: int, iteration: int, samples: int, width: int) -> NDArray[np.float32]:
     """Standard normal noise (E, S, width) of one planner iteration; layout in `rust/core/src/rng.rs`."""
 
-def cem(
-    cost: Callable[[NDArray], ArrayLike],
-    mean: ArrayLike,
-    *,
-    low: ArrayLike | None = None,
-    high: ArrayLike | None = None,
-    samples: int,
-    iterations: int,
-    elites: int,
-    init_std: float = 1.0,
-    min_std: float = 0.05,
-    seed: int = 0,
-    env_ids: ArrayLike | None = None,
-    plan: int = 0,
-    reference: bool = False,
-    dtype: Literal["float32", "float64"] = "float32",
-    noise: ArrayLike | None = None,
-    deadline: float | None = None,
-) -> _CemResult:
-    """Cross-entropy method over plans (E, H, A); `help(lewm._core.cem)` tells all.
+@final
+class Planner:
+    """CEM, iCEM or MPPI over plans (E, H, A), and its memory; `help(lewm._core.Planner)` tells all.
 
-    `cost` gets a new C-contiguous array (E, S, H, A) of `dtype` and returns (E, S). `mean` is (E, H, A), `low` and
-    `high` (A,), `env_ids` (E,), `noise` (iterations, E, S, H, A), `deadline` seconds.
+    `reference` is for "cem"; "icem" needs `beta`, `factor`, `keep` and `momentum`, "mppi" needs `temperature`.
     """
+
+    def __new__(
+        cls,
+        name: str,
+        *,
+        samples: int,
+        iterations: int,
+        elites: int,
+        init_std: float = 1.0,
+        min_std: float = 0.05,
+        dtype: str = "float32",
+        reference: bool | None = None,
+        beta: float | None = None,
+        factor: float | None = None,
+        keep: float | None = None,
+        momentum: float | None = None,
+        temperature: float | None = None,
+    ) -> Planner: ...
+    @property
+    def kept(self) -> int:
+        """Elites of each environment that a plan hands to the next, 0 unless it is "icem"."""
+
+    def solve(
+        self,
+        cost: Callable[[NDArray], ArrayLike],
+        mean: ArrayLike,
+        *,
+        low: ArrayLike | None = None,
+        high: ArrayLike | None = None,
+        seed: int = 0,
+        env_ids: ArrayLike | None = None,
+        plan: int = 0,
+        kept: ArrayLike | None = None,
+        noise: ArrayLike | None = None,
+        deadline: float | None = None,
+    ) -> _Found:
+        """Plans. `cost` gets a new C-contiguous array (E, S, H, A) of the planner's dtype and returns (E, S).
+
+        `mean` is (E, H, A), `low` and `high` (A,), `env_ids` (E,), `kept` (E, K, H, A), `deadline` seconds, `noise`
+        (iterations, E, S, H, A).
+        """
 
 @final
 class Engine:

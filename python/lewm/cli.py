@@ -187,9 +187,14 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def _planner(model: Any, pairs: list[str] | None) -> Any:
-    from lewm.planner import CEM
+    from lewm.planner import planner_from
 
-    return CEM(**{**(model.meta.get("planner") or {}), **_settings(pairs)}) if pairs else None
+    if not pairs:
+        return None
+    settings, own = _settings(pairs), model.meta.get("planner") or {}
+    # Settings made for one planner say nothing about another.
+    same = settings.get("name", own.get("name", "cem")) == own.get("name", "cem")
+    return planner_from({**(own if same else {}), **settings})
 
 
 def main() -> None:

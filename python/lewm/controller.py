@@ -12,9 +12,10 @@ import numpy as np
 from lewm import pixels
 from lewm.checks import integer
 from lewm.planner import (
-    CEM,
     Plan,
+    Planner,
     broadcast_goal,
+    core_of,
     encode,
     encode_goal,
     first,
@@ -43,8 +44,8 @@ class Controller:
         deadline_ms: Per planning call, see `lewm.plan`.
         seed: Of the noise, see `lewm.plan`.
         env_id: Of the noise: an int (environments of a batch count up from it) or one per environment.
-        warm_start: Start a search from the rest of the last plan, filled up with mean actions. Without effect when
-            whole plans are executed.
+        warm_start: Start a search from the rest of the last plan, filled up with mean actions; with `ICEM` also from
+            the rests of its best elites. Without effect when whole plans are executed.
 
     Attributes:
         plan: The last `lewm.Plan`, None before the first.
@@ -57,7 +58,7 @@ class Controller:
         model: Any,
         goal: Any,
         *,
-        planner: CEM | None = None,
+        planner: Planner | None = None,
         execute: int | None = None,
         deadline_ms: float | None = None,
         seed: int = 0,
@@ -73,6 +74,7 @@ class Controller:
         self.env_id = env_id
         self.warm_start = warm_start
         self._lock = threading.Lock()
+        self._core: dict[np.dtype, Any] = {}  # the planner's memory, one for each float type of latents seen
         self.reset(goal)
 
     def reset(self, goal: Any = None) -> None:
@@ -84,6 +86,7 @@ class Controller:
         self._actions: np.ndarray | None = None  # (E, execute * block, A_raw) of the current plan
         self._step = 0  # how many of them have been given out
         self._mean: np.ndarray | None = None  # (E, H, A) of the current plan
+        self._kept: np.ndarray | None = None  # (E, K, H, A) elites of it
         self._latents: list[np.ndarray] = []  # of boundary frames, each (E, D), oldest first
         self._blocks: list[np.ndarray] = []  # executed between them, each (E, A)
         self._done: list[np.ndarray] = []  # raw actions executed of the current block, each (E, A_raw)
@@ -117,7 +120,7 @@ class Controller:
             raise ValueError(f"mask must have one entry per environment that was controlled so far, got {mask.shape}")
         self._goal = self._goal if len(self._goal) == 1 else self._goal[mask]
         self.env_id = self._env_ids(len(mask))[mask]
-        self._actions, self._mean = self._actions[mask], self._mean[mask]
+        self._actions, self._mean, self._kept = self._actions[mask], self._mean[mask], self._kept[mask]
         for kept in (self._latents, self._blocks, self._done):
             kept[:] = [array[mask] for array in kept]
 
@@ -144,21 +147,28 @@ class Controller:
             latents = [*latents, encode(self.model, frames, "obs")][-self.model.config.history :]
             blocks = blocks[len(blocks) - (len(latents) - 1) :]
         if plan_now:
+            z = np.stack(latents, axis=1)
+            core = self._core.get(z.dtype)
+            if core is None:
+                core = self._core[z.dtype] = core_of(self.planner, z.dtype)
             found = plan_latents(
                 self.model,
-                np.stack(latents, axis=1),
+                z,
                 broadcast_goal(self._goal, environments),
                 self.planner,
                 past_blocks=np.stack(blocks, axis=1) if blocks else None,
                 seed=self.seed,
                 env_ids=self._env_ids(environments),
                 plan_index=self._plans,
-                init=self._first_mean(),
+                init=self._rest(self._mean),
+                kept=self._rest(self._kept),
+                core=core,
                 deadline_ms=self.deadline_ms,
                 started=started,
             )
             self._actions = found.actions[:, : self.execute * self.model.config.action_block]
-            self._mean, self._step, self._plans = found.mean, 0, self._plans + 1
+            self._mean, self._kept, self._step = found.mean, found.kept, 0
+            self._plans += 1
             found = first(found) if single else found
             self.plan = replace(found, actions=like(obs, found.actions))
         self._latents, self._blocks, self._done = latents, blocks, done
@@ -182,8 +192,9 @@ class Controller:
         ids = np.asarray(self.env_id)
         return ids + np.arange(environments) if ids.ndim == 0 and ids.dtype.kind in "iu" else ids
 
-    def _first_mean(self) -> np.ndarray | None:
-        if self._mean is None or not self.warm_start:
+    def _rest(self, blocks: np.ndarray | None) -> np.ndarray | None:
+        """(..., H, A) without the executed blocks, filled up with mean actions."""
+        if blocks is None or not self.warm_start:
             return None
-        rest = self._mean[:, self.execute :]
-        return np.pad(rest, ((0, 0), (0, self.execute), (0, 0)))
+        rest = blocks[..., self.execute :, :]
+        return np.concatenate([rest, np.zeros_like(blocks[..., : self.execute, :])], axis=-2)

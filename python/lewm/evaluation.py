@@ -27,7 +27,7 @@ from lewm.collector import generate, space_of
 from lewm.controller import Controller
 from lewm.data import Dataset
 from lewm.model_file import write_atomically
-from lewm.planner import CEM, plan, planner_of
+from lewm.planner import Planner, plan, planner_of
 
 __all__ = ["PROTOCOLS", "Protocol", "Result", "evaluate", "wilson"]
 
@@ -141,7 +141,7 @@ def evaluate(
     protocol: str | Protocol = "two-room-25-50",
     *,
     pairs: int | None = None,
-    planner: CEM | None = None,
+    planner: Planner | None = None,
     execute: int | None = None,
     seed: int = 0,
     data: Any = None,
@@ -398,7 +398,7 @@ def _random_actions(protocol: Protocol, n: int, seed: int) -> Callable:
     return lambda obs, active, step: actions[:, step]
 
 
-def _latency(protocol: Protocol, tasks: Tasks, model: Any, planner: CEM, seed: int) -> dict[str, float]:
+def _latency(protocol: Protocol, tasks: Tasks, model: Any, planner: Planner, seed: int) -> dict[str, float]:
     """Milliseconds of plans made one at a time, after one to warm up."""
     env = _vector_env(protocol, len(tasks.episodes), size=tasks.pictures.shape[1], obs_type="pixels")
     frames, _ = env.reset(options={"state": tasks.states, "goal": tasks.goals})

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from lewm.data import Dataset
 from lewm.model import Model
-from lewm.planner import CEM, plan
+from lewm.planner import Planner, plan
 
 _RED, _BLUE, _GREY = "#c8402f", "#2b6ca3", "#999999"
 
@@ -120,7 +120,7 @@ def play(
     goal_state: np.ndarray,
     goal: np.ndarray,
     *,
-    planner: CEM | None = None,
+    planner: Planner | None = None,
     budget: int = 50,
     seed: int = 0,
 ) -> Episode:

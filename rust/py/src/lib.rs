@@ -2,23 +2,23 @@
 
 use pyo3::prelude::*;
 
-mod cem;
 mod convert;
 mod engine;
 mod error;
 mod loader;
+mod planner;
 mod store;
 
 #[pymodule(gil_used = true)]
 mod _core {
-    #[pymodule_export]
-    use crate::cem::{cem, noise, philox};
     #[pymodule_export]
     use crate::engine::Engine;
     #[pymodule_export]
     use crate::error::StoreError;
     #[pymodule_export]
     use crate::loader::{copy_windows, read_windows, WindowOrder};
+    #[pymodule_export]
+    use crate::planner::{noise, philox, Planner};
     #[pymodule_export]
     use crate::store::{Store, StoreWriter};
 

@@ -1,4 +1,4 @@
-"""The Rust CEM against a NumPy CEM, and its promises: determinism, independence, bounds, errors."""
+"""The Rust planners against NumPy ones, and their promises: determinism, independence, bounds, errors."""
 
 import _thread
 import operator
@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 from lewm import _core
 
 SMALL = {"samples": 32, "iterations": 5, "elites": 6}
-ARRAYS = ("actions", "cost", "mean", "std", "elite_cost", "trace", "clipped")
+ARRAYS = ("actions", "cost", "mean", "std", "elite_cost", "trace", "kept", "clipped")
+EXTRAS = {
+    "cem": {},
+    "reference": {"reference": True},
+    "icem": {"beta": 2.0, "factor": 1.25, "keep": 0.4, "momentum": 0.1},
+    "mppi": {"temperature": 0.5},
+}
+SETTINGS = {"samples", "iterations", "elites", "init_std", "min_std", "dtype", "reference"}
+SETTINGS |= {"beta", "factor", "keep", "momentum", "temperature"}
+
+
+def solve(cost, mean, *, method="cem", **options):
+    """Makes a planner and plans with it."""
+    options = EXTRAS[method] | options
+    settings = {name: options.pop(name) for name in SETTINGS & options.keys()}
+    return _core.Planner("cem" if method == "reference" else method, **settings).solve(cost, mean, **options)
 
 
 class Quadratic:
@@ -35,7 +50,7 @@ def targets(rng, envs, horizon=3, width=4):
 
 
 def numpy_cem(cost, mean, noise, elites, low=-np.inf, high=np.inf, init_std=1.0, min_std=0.05, reference=False):
-    """The specification of `lewm._core.cem` in float64."""
+    """The specification of `lewm._core.Planner` in float64."""
     std = np.full_like(mean, init_std)
     best, best_cost, trace = np.zeros_like(mean), np.full(len(mean), np.inf), []
     for z in noise:
@@ -73,9 +88,9 @@ def test_agrees_with_numpy(mode, generated):
     if generated:
         ids = [3, 1, 9]
         noise = np.stack([_core.noise(11, ids, 2, i, 32, 12).reshape(3, 32, 3, 4) for i in range(5)])
-        got = _core.cem(cost, mean, **SMALL, **options, seed=11, env_ids=ids, plan=2)
+        got = solve(cost, mean, **SMALL, **options, seed=11, env_ids=ids, plan=2)
     else:
-        got = _core.cem(cost, mean, **SMALL, **options, noise=noise)
+        got = solve(cost, mean, **SMALL, **options, noise=noise)
     options.pop("dtype")
     want = numpy_cem(cost, mean, noise, 6, **options)
     for name, value in want.items():
@@ -87,22 +102,118 @@ def test_agrees_with_numpy(mode, generated):
         assert got[name].dtype == np.float64
 
 
-def test_converges():
+METHODS = ["cem", "icem", "mppi"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_converges(method):
     cost = Quadratic(targets(np.random.default_rng(1), 2))
-    got = _core.cem(cost, np.zeros((2, 3, 4)), samples=300, iterations=30, elites=30, min_std=1e-3)
-    np.testing.assert_allclose(got["actions"], cost.target, atol=0.02)
-    assert (np.diff(got["trace"], axis=0)[:10] < 0).all()
+    got = solve(cost, np.zeros((2, 3, 4)), method=method, samples=300, iterations=30, elites=30, min_std=1e-3)
+    np.testing.assert_allclose(got["actions"], cost.target, atol=0.05)
+    assert (got["trace"][10] < got["trace"][0] / 10).all()
+
+
+def colour(beta, horizon):
+    """(H, H) map of white noise to noise of a power-law spectrum, by the fast Fourier transform."""
+    gain = np.maximum(np.abs(np.fft.fftfreq(horizon) * horizon), 1.0) ** (-beta / 2)
+    matrix = np.fft.ifft(gain[:, None] * np.fft.fft(np.eye(horizon), axis=0), axis=0).real
+    return matrix / np.sqrt((matrix**2).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0, 2.5])
+@pytest.mark.parametrize("horizon", [1, 2, 3, 5, 30])
+def test_icem_noise_has_unit_variance_and_the_spectrum_asked_for(beta, horizon):
+    cost = Quadratic(np.zeros((1, horizon, 4)))
+    options = {"samples": 3000, "elites": 2, "iterations": 2, "dtype": "float64", "seed": 5, "beta": beta}
+    solve(cost, np.zeros((1, horizon, 4)), method="icem", **options)
+    got = cost.seen[0][0]
+    white = _core.noise(5, [0], 0, 0, 3000, 4 * horizon).reshape(3000, horizon, 4).astype(np.float64)
+    np.testing.assert_allclose(got, np.einsum("tu,sua->sta", colour(beta, horizon), white), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(got.var(axis=(0, 2)), 1.0, atol=0.08)
+    power = np.square(np.abs(np.fft.rfft(got, axis=1))).mean(axis=(0, 2))[1:]
+    want = np.arange(1, len(power) + 1) ** -beta
+    if len(power):
+        np.testing.assert_allclose(power / power[0], want, rtol=0.15)
+
+
+def numpy_icem(cost, mean, noise, samples, elites, beta, factor, keep, momentum, min_std=0.05):
+    """iCEM of one environment in float64, as the module says."""
+    std, kept, keep = np.ones_like(mean), np.zeros((0, *mean.shape)), int(keep * elites + 1e-9)
+    matrix = colour(beta, len(mean))
+    for i, z in enumerate(noise):
+        count = min(max(int(samples * factor**-i), 2 * elites), samples)
+        lead = mean[None] if i + 1 == len(noise) else mean[None][:0]
+        fresh = mean + std * np.einsum("tu,sua->sta", matrix, z[len(lead) : count - len(kept)])
+        x = np.concatenate([lead, fresh, kept])
+        c = cost(x[None])[0]
+        order = np.argsort(c, kind="stable")[:elites]
+        kept = x[order[:keep]]
+        mean = momentum * mean + (1 - momentum) * x[order].mean(axis=0)
+        std = np.maximum(momentum * std + (1 - momentum) * x[order].std(axis=0, ddof=1), min_std)
+    return mean, std, kept
+
+
+def test_icem_agrees_with_numpy():
+    rng = np.random.default_rng(7)
+    cost, mean, noise = Quadratic(targets(rng, 1)), 0.5 * targets(rng, 1), rng.normal(size=(5, 1, 32, 3, 4))
+    got = solve(cost, mean, method="icem", **SMALL, noise=noise, dtype="float64")
+    want = numpy_icem(cost, mean[0], noise[:, 0], 32, 6, **EXTRAS["icem"])
+    for name, value in zip(("mean", "std", "kept"), want, strict=True):
+        np.testing.assert_allclose(got[name][0], value, rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_mppi_agrees_with_numpy():
+    rng = np.random.default_rng(8)
+    cost, noise = Quadratic(targets(rng, 1)), rng.normal(size=(1, 1, 32, 3, 4))
+    got = solve(cost, np.zeros((1, 3, 4)), method="mppi", **SMALL | {"iterations": 1}, noise=noise, dtype="float64")
+    x, c = cost.seen[0][0], cost(cost.seen[0])[0]
+    elites = np.argsort(c, kind="stable")[:6]
+    weights = np.exp(-(c[elites] - c.min()) / (0.5 * (c[elites] - c.min()).mean()))
+    mean = np.average(x[elites], axis=0, weights=weights)
+    std = np.sqrt(np.average((x[elites] - mean) ** 2, axis=0, weights=weights))
+    np.testing.assert_allclose(got["mean"][0], mean, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(got["std"][0], np.maximum(std, 0.05), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])
+def test_mppi_does_not_mind_the_scale_of_costs(scale):
+    cost = Quadratic(targets(np.random.default_rng(9), 1))
+    plans = [solve(lambda x, s=s: 7 + s * cost(x), np.zeros((1, 3, 4)), method="mppi", **SMALL) for s in (1.0, scale)]
+    np.testing.assert_allclose(plans[0]["mean"], plans[1]["mean"], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_follows_float64(method):
+    cost = Quadratic(targets(np.random.default_rng(10), 2))
+    single, double = (
+        solve(cost, np.zeros((2, 3, 4)), method=method, **SMALL, dtype=dtype) for dtype in ("float32", "float64")
+    )
+    for name in ("mean", "std", "trace"):
+        np.testing.assert_allclose(single[name], double[name], rtol=0, atol=1e-4)
+
+
+def test_a_planner_is_for_one_plan_at_a_time_and_can_be_used_again():
+    planner = _core.Planner("cem", **SMALL)
+
+    def nested(x):
+        with pytest.raises(RuntimeError, match="this planner is at work"):
+            planner.solve(lambda x: np.zeros(x.shape[:2]), np.zeros((1, 3, 4)))
+        return x[..., 0, 0]
+
+    first = planner.solve(nested, np.zeros((1, 3, 4)))
+    planner.solve(lambda x: x[..., 0, 0], np.zeros((4, 2, 3)))
+    again = planner.solve(lambda x: x[..., 0, 0], np.zeros((1, 3, 4)))
+    for name in ARRAYS:
+        assert first[name].tobytes() == again[name].tobytes(), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("reference", [False, True])
-def test_same_seed_same_bits_other_seed_other_plan(dtype, reference):
+@pytest.mark.parametrize("method", list(EXTRAS))
+def test_same_seed_same_bits_other_seed_other_plan(dtype, method):
     cost = Quadratic(targets(np.random.default_rng(2), 2))
 
     def plan(**keys):
-        return _core.cem(
-            cost, np.zeros((2, 3, 4)), **SMALL, **({"seed": 5, "dtype": dtype, "reference": reference} | keys)
-        )
+        return solve(cost, np.zeros((2, 3, 4)), method=method, **SMALL, **({"seed": 5, "dtype": dtype} | keys))
 
     first, again = plan(), plan()
     for name in ARRAYS:
@@ -111,17 +222,17 @@ def test_same_seed_same_bits_other_seed_other_plan(dtype, reference):
         assert (other["mean"] != first["mean"]).all()
 
 
-@pytest.mark.parametrize("reference", [False, True])
-def test_environment_alone_or_in_a_batch_of_8(reference):
+@pytest.mark.parametrize("method", list(EXTRAS))
+def test_environment_alone_or_in_a_batch_of_8(method):
     rng = np.random.default_rng(3)
     target, mean, ids = targets(rng, 8), targets(rng, 8), np.array([5, 3, 11, 2, 7, 0, 4294967295, 6])
-    options = dict(**SMALL, dtype="float64", seed=1, reference=reference)
-    if not reference:
+    options = dict(**SMALL, method=method, seed=1)
+    if method != "reference":
         options |= {"low": [-0.5] * 4, "high": [1.0] * 4}
-    batch = _core.cem(Quadratic(target), mean, env_ids=ids, **options)
+    batch = solve(Quadratic(target), mean, env_ids=ids, **options)
     for e in range(8):
         one = slice(e, e + 1)
-        alone = _core.cem(Quadratic(target[one]), mean[one], env_ids=ids[one], **options)
+        alone = solve(Quadratic(target[one]), mean[one], env_ids=ids[one], **options)
         for name in ARRAYS:
             got = batch[name][:, one] if name == "trace" else batch[name][one]
             assert got.tobytes() == alone[name].tobytes(), (name, e)
@@ -134,13 +245,16 @@ def test_environment_alone_or_in_a_batch_of_8(reference):
     goal=st.floats(-20, 20),
     seed=st.integers(0, 2**64 - 1),
     dtype=st.sampled_from(["float32", "float64"]),
+    method=st.sampled_from(["cem", "icem", "mppi"]),
 )
-def test_bounds_hold(bounds, start, goal, seed, dtype):
+def test_bounds_hold(bounds, start, goal, seed, dtype, method):
     low = np.array([b[0] for b in bounds])
     high = low + [b[1] for b in bounds]
     cost = Quadratic(np.full((2, 3, 4), goal))
-    got = _core.cem(cost, np.full((2, 3, 4), start), low=low, high=high, seed=seed, dtype=dtype, **SMALL)
-    for x in [*cost.seen, got["actions"], got["mean"]]:
+    options = {"method": method, "low": low, "high": high, "seed": seed, "dtype": dtype, **SMALL}
+    got = solve(cost, np.full((2, 3, 4), start), **options)
+    warm = solve(cost, 2 * got["mean"], kept=2 * got["kept"], plan=1, **options)
+    for x in [*cost.seen, *(found[name] for found in (got, warm) for name in ("actions", "mean", "kept"))]:
         x = x.astype(np.float64)
         assert (low <= x).all()
         assert (x <= high).all()
@@ -152,7 +266,7 @@ def test_bounds_hold(bounds, start, goal, seed, dtype):
 def test_one_sided_bounds(low, high):
     cost = Quadratic(np.zeros((1, 1, 2)))
     bounds = {name: [b] * 2 for name, b in (("low", low), ("high", high)) if b is not None}
-    got = _core.cem(cost, np.full((1, 1, 2), 0.5), **bounds, **SMALL)
+    got = solve(cost, np.full((1, 1, 2), 0.5), **bounds, **SMALL)
     seen = np.concatenate([x.ravel() for x in cost.seen])
     assert (seen.min() == 0.5) == (low is not None)
     assert (seen.max() == 0.5) == (high is not None)
@@ -162,7 +276,7 @@ def test_one_sided_bounds(low, high):
 def test_clipped_counts_moved_entries():
     noise = np.zeros((1, 1, 4, 1, 2))
     noise[0, 0, :, 0, 0] = [9.0, 1.0, -1.0, 0.0]  # that of sample 0 is not used
-    got = _core.cem(
+    got = solve(
         lambda x: x[..., 0, 0],
         np.zeros((1, 1, 2)),
         low=[-0.5, -1],
@@ -173,7 +287,7 @@ def test_clipped_counts_moved_entries():
         noise=noise,
     )
     np.testing.assert_array_equal(got["clipped"], [2 / 8])
-    unbounded = _core.cem(lambda x: x[..., 0, 0], np.zeros((1, 1, 2)), samples=4, iterations=1, elites=2, noise=noise)
+    unbounded = solve(lambda x: x[..., 0, 0], np.zeros((1, 1, 2)), samples=4, iterations=1, elites=2, noise=noise)
     np.testing.assert_array_equal(unbounded["clipped"], [0.0])
 
 
@@ -181,7 +295,7 @@ def test_clipped_counts_moved_entries():
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_cost_is_the_cost_of_the_returned_actions(dtype, iterations):
     cost = Quadratic(targets(np.random.default_rng(4), 5))
-    got = _core.cem(cost, np.zeros((5, 3, 4)), samples=32, iterations=iterations, elites=6, dtype=dtype)
+    got = solve(cost, np.zeros((5, 3, 4)), samples=32, iterations=iterations, elites=6, dtype=dtype)
     np.testing.assert_array_equal(got["cost"], cost(got["actions"].astype(dtype)[:, None])[:, 0])
     np.testing.assert_array_equal(got["actions"], got["actions"].astype(dtype))
     everything = np.concatenate([cost(x) for x in cost.seen[: iterations + 1]], axis=1)
@@ -197,20 +311,20 @@ def test_what_the_cost_is_handed():
         seen.append(x)
         return np.zeros(x.shape[:2], np.float32)
 
-    _core.cem(cost, np.full((2, 3, 4), 0.1), **SMALL)
+    solve(cost, np.full((2, 3, 4), 0.1), **SMALL)
     assert [x.shape for x in seen] == [(2, 32, 3, 4)] * 5 + [(2, 1, 3, 4)]
     assert all(x.dtype == np.float32 for x in seen)
     assert (seen[0][:, 0] == np.float32(0.1)).all(), "sample 0 is the mean"
     assert not any(np.shares_memory(seen[0], x) for x in seen[1:]), "the callable may keep what it gets"
     seen.clear()
-    _core.cem(cost, np.zeros((2, 3, 4)), **SMALL, dtype="float64", reference=True)
+    solve(cost, np.zeros((2, 3, 4)), **SMALL, dtype="float64", reference=True)
     assert [x.shape for x in seen] == [(2, 32, 3, 4)] * 5, "reference mode does not score the last mean"
     assert all(x.dtype == np.float64 for x in seen)
 
 
 def test_ties_go_to_the_lower_sample():
     noise = np.random.default_rng(5).normal(size=(1, 1, 32, 3, 4))
-    got = _core.cem(
+    got = solve(
         lambda x: np.zeros(x.shape[:2]),
         np.zeros((1, 3, 4)),
         samples=32,
@@ -225,7 +339,7 @@ def test_ties_go_to_the_lower_sample():
 
 
 def test_infinite_costs_are_left_out():
-    got = _core.cem(lambda x: np.where(x[..., 0, 0] < 1, np.inf, x[..., 0, 0]), np.zeros((1, 3, 4)), **SMALL)
+    got = solve(lambda x: np.where(x[..., 0, 0] < 1, np.inf, x[..., 0, 0]), np.zeros((1, 3, 4)), **SMALL)
     assert got["actions"][0, 0, 0] >= 1
     assert np.isfinite(got["trace"]).all()
 
@@ -239,15 +353,15 @@ def test_deadline():
 
     options = {"samples": 32, "iterations": 1000, "elites": 6}
     start = time.perf_counter()
-    got = _core.cem(slow, np.zeros((1, 3, 4)), **options, deadline=0.1)
-    assert 0.1 <= time.perf_counter() - start < 5
+    got = solve(slow, np.zeros((1, 3, 4)), **options, deadline=0.1)
+    assert 0.04 <= time.perf_counter() - start < 0.15, "an iteration that would end late is not started"
     assert got["deadline_hit"] is True
     assert 1 <= got["iterations"] <= 5
     assert got["trace"].shape == (got["iterations"], 1)
     best = min(cost(x).min() for x in cost.seen[: got["iterations"]])
     assert got["cost"][0] == best == cost(got["actions"][:, None])[0, 0]
-    assert _core.cem(cost, np.zeros((1, 3, 4)), **options, deadline=0.0)["iterations"] == 1
-    assert _core.cem(cost, np.zeros((1, 3, 4)), **SMALL, deadline=3600.0)["deadline_hit"] is False
+    assert solve(cost, np.zeros((1, 3, 4)), **options, deadline=0.0)["iterations"] == 1
+    assert solve(cost, np.zeros((1, 3, 4)), **SMALL, deadline=3600.0)["deadline_hit"] is False
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("mine"), SystemExit(3)], ids=repr)
@@ -261,22 +375,37 @@ def test_exceptions_pass_through(error):
         return np.zeros(x.shape[:2])
 
     with pytest.raises(type(error)) as caught:
-        _core.cem(cost, np.zeros((1, 3, 4)), **SMALL)
+        solve(cost, np.zeros((1, 3, 4)), **SMALL)
     assert caught.value is error
     assert len(calls) == 3
 
 
 def test_ctrl_c_reaches_a_cost_that_runs_no_python():
-    timer = threading.Timer(0.2, _thread.interrupt_main)
+    sent = []
+    timer = threading.Timer(0.2, lambda: (sent.append(time.perf_counter()), _thread.interrupt_main()))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        _core.cem(operator.itemgetter((..., 0, 0)), np.zeros((1, 5, 10)), samples=300, iterations=65536, elites=30)
+        solve(operator.itemgetter((..., 0, 0)), np.zeros((1, 5, 10)), samples=300, iterations=65536, elites=30)
+    assert time.perf_counter() - sent[0] < 0.15
     timer.join()
 
 
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
+        ({"method": "icem", "beta": -1.0}, ValueError, "beta must be finite and not negative, got -1"),
+        ({"method": "icem", "beta": None}, TypeError, "icem needs beta"),
+        ({"method": "icem", "temperature": 1.0}, TypeError, "icem has no temperature: it is one of mppi"),
+        ({"method": "icem", "factor": 0.5}, ValueError, "factor must be finite and at least 1, got 0.5"),
+        ({"method": "icem", "keep": 1.0}, ValueError, "keep must be at least 0 and below 1, got 1"),
+        (
+            {"method": "icem", "kept": np.zeros((1, 1, 3, 4))},
+            ValueError,
+            r"kept .* = \(1, 2, 3, 4\), got \(1, 1, 3, 4\)",
+        ),
+        ({"method": "icem", "kept": np.full((1, 2, 3, 4), np.nan)}, ValueError, "kept must be finite, got NaN"),
+        ({"method": "mppi", "temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0"),
+        ({"beta": 2.0}, TypeError, "cem has no beta: it is one of icem"),
         ({"cost": 3}, TypeError, "cost must be callable, got <class 'int'>"),
         ({"mean": np.zeros((3, 4))}, ValueError, r"mean must have shape \(E, H, A\), got \(3, 4\)"),
         ({"mean": np.zeros((1, 0, 4))}, ValueError, "horizon must be at least 1, got 0"),
@@ -294,15 +423,15 @@ def test_ctrl_c_reaches_a_cost_that_runs_no_python():
         ({"iterations": 65537}, ValueError, "iterations must be at most 65536, got 65537"),
         ({"elites": 1}, ValueError, r"elites must be in 2\.\.=samples \(32\), got 1"),
         ({"elites": 33}, ValueError, r"elites must be in 2\.\.=samples \(32\), got 33"),
-        ({"init_std": 0.0}, ValueError, "init_std must be positive and finite, got 0"),
-        ({"init_std": -1.0}, ValueError, "init_std must be positive and finite, got -1"),
+        ({"init_std": 0.0}, ValueError, "init_std must be positive and finite as float32, got 0"),
+        ({"init_std": -1.0}, ValueError, "init_std must be positive and finite as float32, got -1"),
         ({"init_std": "1"}, TypeError, "init_std must be a number, got <class 'str'>"),
         ({"min_std": None}, TypeError, "min_std must be a number, got <class 'NoneType'>"),
         ({"deadline": "1"}, TypeError, "deadline must be a number, got <class 'str'>"),
         ({"reference": 1}, TypeError, "reference must be True or False, got 1"),
-        ({"init_std": np.nan}, ValueError, "init_std must be positive and finite, got NaN"),
-        ({"min_std": -0.1}, ValueError, "min_std must be finite and not negative, got -0.1"),
-        ({"min_std": np.inf}, ValueError, "min_std must be finite and not negative, got inf"),
+        ({"init_std": np.nan}, ValueError, "init_std must be positive and finite as float32, got NaN"),
+        ({"min_std": -0.1}, ValueError, "min_std must be finite as float32 and not negative, got -0.1"),
+        ({"min_std": np.inf}, ValueError, "min_std must be finite as float32 and not negative, got inf"),
         ({"low": np.zeros(3)}, ValueError, r"low must have shape \(4,\), got \(3,\)"),
         ({"high": 0.0}, ValueError, r"high must have shape \(4,\), got \(\)"),
         ({"high": [0, np.nan, 0, 0]}, ValueError, r"high\[1\] must be finite, got NaN"),
@@ -335,7 +464,7 @@ def test_ctrl_c_reaches_a_cost_that_runs_no_python():
 def test_bad_input(change, error, match):
     good = dict(cost=lambda x: np.zeros(x.shape[:2]), mean=np.zeros((1, 3, 4)), **SMALL) | change
     with pytest.raises(error, match=match):
-        _core.cem(good.pop("cost"), good.pop("mean"), **good)
+        solve(good.pop("cost"), good.pop("mean"), **good)
 
 
 def test_nan_cost_is_named():
@@ -345,4 +474,4 @@ def test_nan_cost_is_named():
         return out
 
     with pytest.raises(ValueError, match="got NaN for environment row 1, sample 5, iteration 0"):
-        _core.cem(cost, np.zeros((2, 3, 4)), **SMALL)
+        solve(cost, np.zeros((2, 3, 4)), **SMALL)
