@@ -1,8 +1,8 @@
 """Random training windows out of the trajectory store, against the two layouts that stable-worldmodel reads.
 
 HDF5: one chunk a frame, uncompressed, a chunk cache of 256 MiB, the whole span of 20 frames read and one in five kept.
-Lance: JPEG of quality 95 in a binary column, the rows of a batch in one take. Kinder than its reader: only the frames that
-are kept are read, and they are decoded by OpenCV's libjpeg-turbo on a thread for each core.
+Lance: JPEG of quality 95 in a binary column, the rows of a batch in one take. Kinder than its reader: only the frames
+that are kept are read, and they are decoded by OpenCV's libjpeg-turbo on a thread for each core.
 """
 
 import os
@@ -21,7 +21,7 @@ SPAN = FRAMES * STRIDE
 
 
 def push_t(rng, count, size=224):
-    """Frames like PushT's: a grey T that turns and slides, a blue disc, a green T as the goal; smooth edges on white."""
+    """Frames like PushT's: a grey T that turns and slides, a blue disc, a green goal T; smooth edges on white."""
     y, x = np.mgrid[:size, :size].astype(np.float32) + 0.5
     unit = size / 512
 

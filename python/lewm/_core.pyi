@@ -5,7 +5,17 @@ from typing import Literal, TypedDict, final, type_check_only
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Store", "StoreError", "StoreWriter", "__version__", "cem", "noise", "philox"]
+__all__ = [
+    "Store",
+    "StoreError",
+    "StoreWriter",
+    "__version__",
+    "cem",
+    "noise",
+    "philox",
+    "repair_store",
+    "verify_store",
+]
 
 __version__: str
 

@@ -10,7 +10,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-data_app = typer.Typer(no_args_is_help=True, help="Look at a store, verify it, repair it. Exit code 1: damage was found.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Look at a store, verify it, repair it. Exit code 1: damage was found."
+)
 app.add_typer(data_app, name="data")
 
 _Store = Annotated[Path, typer.Argument(help="A .lewm folder.")]
@@ -155,9 +157,12 @@ def demo(
 @data_app.command("info")
 def data_info(path: _Store) -> None:
     """What a store holds: episodes, size, schema, metadata."""
+    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from lewm import Dataset, StoreError
+    from lewm._core import StoreError
+    from lewm.data import Dataset
 
     try:
         data = Dataset(path)
@@ -180,8 +185,8 @@ def data_info(path: _Store) -> None:
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(name, _plain(value))
-    _print(table)
+        table.add_row(name, Text(value))
+    Console(soft_wrap=True).print(table)
 
 
 @data_app.command("verify")
@@ -224,18 +229,6 @@ def _damage(damage: list[str]) -> NoReturn:
         typer.secho("damage: ", fg="red", err=True, nl=False)
         typer.echo(text, err=True)
     raise typer.Exit(1)
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console(soft_wrap=True).print(table)
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)
 
 
 @app.callback(invoke_without_command=True)

@@ -108,6 +108,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::open`]; the store is then as it was.
+    #[allow(clippy::redundant_closure_for_method_calls)] // the method itself has not the lifetimes for it
     pub fn refresh(&mut self) -> Result<usize, Error> {
         let Found { shards, mut episodes, mut damage } = self.find_new()?;
         if self.skip_damaged {

@@ -105,7 +105,7 @@ impl Writer {
     ) -> Result<Vec<&'a [f64]>, Error> {
         let schema = self.schema();
         let count = frames.len() / schema.frame_bytes();
-        if frames.len() % schema.frame_bytes() != 0 {
+        if !frames.len().is_multiple_of(schema.frame_bytes()) {
             return Err(Error::Argument(format!(
                 "frames has {} bytes; wants a multiple of {}",
                 frames.len(),
@@ -230,7 +230,9 @@ fn encode(
             key.fill(0); // Nobody needs it: black is the shortest.
         }
         push(codec::encode(&key, None, schema.row_bytes(), &mut buffers));
-        coded.iter().for_each(|frame| push(frame));
+        for frame in &coded {
+            push(frame);
+        }
     }
     let arrays = std::iter::once(actions.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
         .chain(columns.iter().map(|values| values.iter().flat_map(|value| value.to_le_bytes()).collect()));
