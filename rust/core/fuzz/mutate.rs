@@ -92,7 +92,7 @@ pub fn bases(folder: &Path) -> Vec<Base> {
             let mut writer = Writer::open(&folder, schema.clone(), "{\"a\": 1}").expect("a new store");
             for (count, noise) in [(2, false), (35, false), (3, true)] {
                 let size = schema.frame_bytes();
-                let byte = |at: usize| if noise || at % 29 == 3 { (at * 77 >> 3) as u8 } else { 255 };
+                let byte = |at: usize| if noise || at % 29 == 3 { ((at * 77) >> 3) as u8 } else { 255 };
                 let frames: Vec<u8> = (0..count * size).map(byte).collect();
                 let values: Vec<(&str, Vec<f64>)> =
                     schema.columns.iter().map(|(name, width)| (&**name, vec![0.5; count * width])).collect();
@@ -152,7 +152,9 @@ pub fn mutate(bases: &[Base], script: &[u8]) -> Files {
         if level == 1 && script.byte() % 2 == 0 {
             let number = (script.number() as u32).to_le_bytes();
             let at = script.below(table.len() / 4) * 4;
-            table.get_mut(at..at + 4).map(|entry| entry.copy_from_slice(&number));
+            if let Some(entry) = table.get_mut(at..at + 4) {
+                entry.copy_from_slice(&number);
+            }
         }
         let length = RECORD + table.len() + blobs.iter().map(Vec::len).sum::<usize>();
         record[16..24].copy_from_slice(&(data.len() as u64).to_le_bytes());
