@@ -127,7 +127,8 @@ fn survey_all(folder: &Path, busy: bool, progress: Progress<'_>) -> Result<Optio
     let (catalogue, catalogue_damage) = match (Catalogue::read(folder), from_head) {
         (Ok(Some(catalogue)), _) => (catalogue, None),
         (Ok(None), Some(catalogue)) => (catalogue, Some("catalogue.json is missing".into())),
-        (Err(Error::Corrupt(why)), Some(catalogue)) => (catalogue, Some(why)),
+        // What a later version wrote is not damage, whatever the shards say.
+        (Err(Error::Corrupt(why)), Some(catalogue)) if !Catalogue::is_foreign(folder) => (catalogue, Some(why)),
         (Ok(None), None) => return Err(no_store(folder)),
         (Err(error), _) => return Err(error),
     };

@@ -199,6 +199,12 @@ impl Catalogue {
         Ok(catalogue)
     }
 
+    /// Whether the catalogue of a folder is whole as far as it can be told, but of a version that this code does not know.
+    pub fn is_foreign(folder: &Path) -> bool {
+        let head = fs::read(Self::path(folder)).ok().and_then(|bytes| serde_json::from_slice::<Head>(&bytes).ok());
+        head.is_some_and(|head| head.format != FORMAT || head.version != VERSION)
+    }
+
     /// The text of `catalogue.json`.
     pub fn text(&self) -> String {
         serde_json::to_string_pretty(self).expect("names and numbers are JSON")

@@ -376,6 +376,8 @@ fn a_newer_catalogue_says_so() {
     let text = fs::read_to_string(&path).unwrap().replace("\"version\": 1", "\"version\": 9");
     fs::write(&path, text).unwrap();
     assert!(corrupt(Store::open(folder.path(), false)).contains("version 9"));
+    let refused = repair(folder.path(), false, &mut |_, _| true).unwrap_err();
+    assert!(refused.to_string().contains("version 9"), "{refused}");
 }
 
 #[test]

@@ -170,7 +170,10 @@ fn fits(name: &str, bytes: usize) -> Result<(), Error> {
 /// Refuses to make a store among files that are not a store's.
 fn refuse_foreign(folder: &Path) -> Result<(), Error> {
     if !shard_numbers(folder)?.is_empty() {
-        return Err(Error::Corrupt(format!("{} has shards but no catalogue.json", folder.display())));
+        return Err(Error::Corrupt(format!(
+            "{} has shards but no catalogue.json; `lewm data repair` makes it again",
+            folder.display()
+        )));
     }
     let failed = |error| Error::Io(folder.to_owned(), error);
     for entry in fs::read_dir(folder).map_err(failed)? {
