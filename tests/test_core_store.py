@@ -516,6 +516,27 @@ def test_verify_and_repair(path):
         assert_episode(Store(path), seed, seed)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_neither_drops_nor_keeps_the_lock_of_a_writer(path):
+    ready, go = os.pipe(), os.pipe()
+    writer = open_writer(path)
+    child = os.fork()
+    if child == 0:
+        del writer
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        with pytest.raises(ValueError, match="has a writer at work"):
+            repair_store(path)
+        writer.close()
+        assert repair_store(path)[2] == []
+    finally:
+        os.write(go[1], b"x")
+        os.waitpid(child, 0)
+
+
 @pytest.mark.parametrize("work", [verify_store, repair_store])
 def test_what_progress_raises_ends_the_work(path, work):
     def stop(done, total):

@@ -8,7 +8,7 @@ use super::codec::{self, Buffers};
 use super::format::{
     shard_numbers, shard_paths, sync_folder, Catalogue, Digest, Record, Schema, CHUNK, ENTRY, MAX_FRAMES,
 };
-use super::lock;
+use super::lock::{self, Lock};
 use super::reader::Store;
 use crate::Error;
 
@@ -20,7 +20,7 @@ pub struct Writer {
     shard: Option<Shard>,
     episodes: usize,
     process: u32,
-    _lock: Option<File>,
+    _lock: Option<Lock>,
 }
 
 #[derive(Debug)]
