@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewm._core import Store, StoreError, StoreWriter
+from lewm._core import Store, StoreError, StoreWriter, repair_store, verify_store
 
 H, W, A = 12, 10, 2
 COLUMNS = {"state": 2, "goal": 3}
@@ -434,7 +434,7 @@ def test_bad_episodes_leave_nothing(tmp_path, frames, actions, columns, message)
     with open_writer(tmp_path / "s.lewm") as writer:
         with pytest.raises(ValueError, match=message):
             writer.append(frames, actions, columns)
-        assert [file.name for file in (tmp_path / "s.lewm").iterdir()] == ["catalogue.json"]
+        assert {file.name for file in (tmp_path / "s.lewm").iterdir()} == {"catalogue.json", "lock"}
         assert writer.append(FRAMES, ACTIONS, STATES) == 0
     with pytest.raises(ValueError, match="this StoreWriter is closed"):
         writer.append(FRAMES, ACTIONS, STATES)
@@ -453,6 +453,19 @@ def test_bad_reads(path):
         store.column("pose", 0)
     with pytest.raises(ValueError, match="length is 0"):
         store.windows(one, one, 0, 1)
+
+
+def test_windows_into_memory_that_is_used_again(path):
+    store = Store(path)
+    ids, starts = np.array([1, 3]), np.array([0, 0])
+    out = np.full((2, 2, H, W, 3), 7, np.uint8)
+    assert store.windows(ids, starts, 2, 1, out) is out
+    np.testing.assert_array_equal(out, store.windows(ids, starts, 2, 1))
+    frozen = out.copy()
+    frozen.flags.writeable = False
+    for bad in (frozen, out[:1], out[..., ::-1], out.astype(np.int8), out.tobytes()):
+        with pytest.raises(ValueError, match=r"wants a writable C-contiguous uint8 array of shape \(2, 2, 12, 10, 3\)"):
+            store.windows(ids, starts, 2, 1, bad)
 
 
 def test_thread_count_from_the_environment(path, monkeypatch):
@@ -483,3 +496,53 @@ def test_a_full_disk_commits_nothing_and_the_next_append_does(path):
     assert len(store) == 7
     for seed in range(7):
         assert_episode(store, seed, seed)
+
+
+def test_verify_and_repair(path):
+    assert verify_store(path) == (5, sum(len(make_episode(seed)[0]) for seed in range(5)), [], [])
+    steps = []
+    assert repair_store(path, progress=lambda *step: steps.append(step))[2] == []
+    assert len(steps) == 5
+    assert {total for _, total in steps} == {(path / "shard-000000.data").stat().st_size}
+    os.truncate(path / "shard-000000.index", 3 * 64)
+    assert len(Store(path)) == 3
+    assert [text.partition(": ")[2].split(" at byte")[0] for text in verify_store(path)[2]] == ["a whole episode"] * 2
+    with open_writer(path), pytest.raises(ValueError, match="has a writer at work"):
+        repair_store(path)
+    assert repair_store(path, dry_run=True)[0] == 5
+    assert len(Store(path)) == 3
+    assert repair_store(path)[0] == 5
+    for seed in range(5):
+        assert_episode(Store(path), seed, seed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_neither_drops_nor_keeps_the_lock_of_a_writer(path):
+    ready, go = os.pipe(), os.pipe()
+    writer = open_writer(path)
+    child = os.fork()
+    if child == 0:
+        del writer
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        with pytest.raises(ValueError, match="has a writer at work"):
+            repair_store(path)
+        writer.close()
+        assert repair_store(path)[2] == []
+    finally:
+        os.write(go[1], b"x")
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("work", [verify_store, repair_store])
+def test_what_progress_raises_ends_the_work(path, work):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    os.truncate(path / "shard-000000.index", 64)
+    with pytest.raises(KeyboardInterrupt):
+        work(path, progress=stop)
+    assert len(Store(path)) == 1

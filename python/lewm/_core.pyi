@@ -17,6 +17,8 @@ __all__ = [
     "noise",
     "philox",
     "read_windows",
+    "repair_store",
+    "verify_store",
 ]
 
 __version__: str
@@ -180,9 +182,17 @@ class Store:
     def column(self, name: str, episode: int) -> NDArray[np.float64]:
         """A column (N, C) of one episode."""
     def windows(
-        self, episodes: NDArray[np.int64], starts: NDArray[np.int64], length: int, stride: int
+        self,
+        episodes: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        length: int,
+        stride: int,
+        out: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]:
-        """Windows (B, length, H, W, 3) of frames `stride` apart, from `starts` (B,) of `episodes` (B,)."""
+        """Windows (B, length, H, W, 3) of frames `stride` apart, from `starts` (B,) of `episodes` (B,).
+
+        They go into `out` where it is given, which saves the system making memory for every batch.
+        """
     def fingerprint(self) -> str:
         """A hexadecimal number of schema and content of all episodes in their order."""
     def refresh(self) -> int:
@@ -282,3 +292,37 @@ def copy_windows(
     threads: int | None = None,
 ) -> None:
     """`read_windows` of `parts`, contiguous episodes (N, H, W, 3): `index` (B, 2) has (part, start)."""
+
+def verify_store(
+    path: str | os.PathLike[str], progress: Callable[[int, int], object] | None = None
+) -> tuple[int, int, list[str], list[str]]:
+    """Decodes every byte of a store and compares it with every checksum, beside writers too.
+
+    Args:
+        path: Folder of the store.
+        progress: Called with the bytes checked and those there are, after each episode.
+
+    Returns:
+        Committed episodes and their frames, the damage in words, and what is there besides and does no harm.
+
+    Raises:
+        StoreError: There is no store, nor the rest of one.
+    """
+
+def repair_store(
+    path: str | os.PathLike[str], *, dry_run: bool = False, progress: Callable[[int, int], object] | None = None
+) -> tuple[int, int, list[str]]:
+    """Keeps every whole episode of a store and moves what is replaced or unreadable into its folder `damaged`.
+
+    Args:
+        path: Folder of the store.
+        dry_run: Say what would be done, and do nothing.
+        progress: Called with the bytes checked and those there are, after each episode.
+
+    Returns:
+        Episodes and frames that the store then has, and the changes in words.
+
+    Raises:
+        ValueError: A writer has the store open.
+        StoreError: Nothing there tells what the episodes look like.
+    """

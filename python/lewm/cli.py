@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data_app = typer.Typer(
+    no_args_is_help=True, help="Look at a store, verify it, repair it. Exit code 1: damage was found."
+)
+app.add_typer(data_app, name="data")
 
+_Store = Annotated[Path, typer.Argument(help="A .lewm folder.")]
 _Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
 
@@ -147,6 +152,83 @@ def demo(
     from lewm.demo import demo
 
     demo(out, seed=seed, steps=steps)
+
+
+@data_app.command("info")
+def data_info(path: _Store) -> None:
+    """What a store holds: episodes, size, schema, metadata."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lewm._core import StoreError
+    from lewm.data import Dataset
+
+    try:
+        data = Dataset(path)
+    except StoreError as error:
+        _damage([str(error)])
+    files = [file for file in path.iterdir() if file.name.startswith("shard-")]
+    stored = sum(file.stat().st_size for file in files)
+    raw = data.frame_count * data.height * data.width * 3
+    lengths = f", {data.lengths.min()} to {data.lengths.max()} each" if len(data) else ""
+    rows = {
+        "episodes": f"{len(data):,}",
+        "frames": f"{data.frame_count:,}{lengths}",
+        "frame": f"{data.height} x {data.width} x 3 uint8",
+        "action": f"{data.action_dim} float32",
+        "columns": ", ".join(f"{name}: {width} float64" for name, width in data.columns.items()) or "none",
+        "on disk": f"{stored / 1e6:,.3g} MB" + (f", frames alone raw {raw / stored:.1f} times that" if raw else ""),
+        "shards": f"{sum(file.suffix == '.data' for file in files):,}",
+        "fingerprint": data.fingerprint(),
+        **{f"metadata.{name}": json.dumps(value) for name, value in data.metadata.items()},
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    Console(soft_wrap=True).print(table)
+
+
+@data_app.command("verify")
+def data_verify(path: _Store) -> None:
+    """Decode every byte and compare it with every checksum. Works while others write."""
+    from lewm._core import verify_store
+    from lewm.progress import Bar
+
+    with Bar("bytes") as bar:
+        episodes, frames, damage, notes = verify_store(path, bar.count)
+    for note in notes:
+        typer.echo(f"note: {note}")
+    if damage:
+        _damage(damage)
+    typer.echo(f"{path}: {episodes} episodes, {frames} frames, all as they were committed")
+
+
+@data_app.command("repair")
+def data_repair(
+    path: _Store,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """Keep every whole episode; what cannot be read is moved to the folder `damaged` in the store, never deleted."""
+    from lewm._core import repair_store
+    from lewm.progress import Bar
+
+    with Bar("bytes") as bar:
+        episodes, frames, changes = repair_store(path, dry_run=dry_run, progress=bar.count)
+    for change in changes:
+        typer.echo(f"would be done: {change}" if dry_run else change)
+    if not changes:
+        typer.echo("nothing to repair")
+    typer.echo(f"{path}: {episodes} episodes, {frames} frames")
+    if dry_run and changes:
+        raise typer.Exit(1)
+
+
+def _damage(damage: list[str]) -> NoReturn:
+    for text in damage:
+        typer.secho("damage: ", fg="red", err=True, nl=False)
+        typer.echo(text, err=True)
+    raise typer.Exit(1)
 
 
 @app.callback(invoke_without_command=True)

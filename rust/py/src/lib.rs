@@ -20,7 +20,7 @@ mod _core {
     #[pymodule_export]
     use crate::planner::{noise, philox, Planner};
     #[pymodule_export]
-    use crate::store::{Store, StoreWriter};
+    use crate::store::{repair_store, verify_store, Store, StoreWriter};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -97,7 +97,7 @@ impl Store {
             items.extend(store.windows(&[episode], &[index], 1, 1)?);
         }
         store.index(episode)?;
-        gather(py, &store, &items, &[items.len()])
+        gather(py, &store, &items, &[items.len()], None)
     }
 
     fn actions<'py>(&self, py: Python<'py>, episode: i64) -> Result<Bound<'py, PyArray2<f32>>> {
@@ -116,6 +116,7 @@ impl Store {
         Ok(values.expect("the store checked the length").into_pyarray(py))
     }
 
+    #[pyo3(signature = (episodes, starts, length, stride, out = None))]
     fn windows<'py>(
         &self,
         py: Python<'py>,
@@ -123,11 +124,12 @@ impl Store {
         starts: PyReadonlyArray1<'py, i64>,
         length: usize,
         stride: usize,
+        out: Option<Bound<'py, PyAny>>,
     ) -> Result<Bound<'py, PyArrayDyn<u8>>> {
         let store = self.store();
         let (episodes, starts) = (episodes.as_array().to_vec(), starts.as_array().to_vec());
         let items = store.windows(&episodes, &starts, length, stride)?;
-        gather(py, &store, &items, &[episodes.len(), length])
+        gather(py, &store, &items, &[episodes.len(), length], out)
     }
 
     fn fingerprint(&self) -> String {
@@ -220,21 +222,78 @@ impl StoreWriter {
     }
 }
 
-/// Decodes frames into a new array (`leading`..., height, width, 3), with the GIL released.
+/// Decodes every byte of a store: (episodes, frames, damage, notes).
+#[pyfunction]
+#[pyo3(signature = (path, progress = None))]
+pub fn verify_store(
+    py: Python<'_>,
+    path: PathBuf,
+    progress: Option<Py<PyAny>>,
+) -> Result<(usize, usize, Vec<String>, Vec<String>)> {
+    let found = watched(py, progress, |step| store::verify(&path, step))?;
+    Ok((found.episodes, found.frames, found.damage, found.notes))
+}
+
+/// Sets a store right: (episodes, frames, changes).
+#[pyfunction]
+#[pyo3(signature = (path, *, dry_run = false, progress = None))]
+pub fn repair_store(
+    py: Python<'_>,
+    path: PathBuf,
+    dry_run: bool,
+    progress: Option<Py<PyAny>>,
+) -> Result<(usize, usize, Vec<String>)> {
+    let done = watched(py, progress, |step| store::repair(&path, dry_run, step))?;
+    Ok((done.episodes, done.frames, done.changes))
+}
+
+/// Runs `work` with the GIL released, and its progress shown by a callable; what that raises, Ctrl-C too, ends the work.
+fn watched<T: Send>(
+    py: Python<'_>,
+    progress: Option<Py<PyAny>>,
+    work: impl FnOnce(store::Progress<'_>) -> std::result::Result<Option<T>, lewm_core::Error> + Send,
+) -> Result<T> {
+    let mut raised = None;
+    let mut step = |done: u64, total: u64| {
+        raised = Python::attach(|py| {
+            py.check_signals()?;
+            progress.as_ref().map_or(Ok(()), |progress| progress.call1(py, (done, total)).map(drop))
+        })
+        .err();
+        raised.is_none()
+    };
+    match py.detach(|| work(&mut step))? {
+        Some(done) => Ok(done),
+        None => Err(raised.expect("only an exception stops the work").into()),
+    }
+}
+
+/// Decodes frames into `out`, or into a new array, (`leading`..., height, width, 3), with the GIL released.
 fn gather<'py>(
     py: Python<'py>,
     store: &store::Store,
     items: &[(usize, usize)],
     leading: &[usize],
+    out: Option<Bound<'py, PyAny>>,
 ) -> Result<Bound<'py, PyArrayDyn<u8>>> {
     let schema = store.schema();
     let shape = [leading, &[schema.height, schema.width, 3]].concat();
-    // NumPy's memory: a batch too large for it is a MemoryError, and it asks for huge pages. Faulting in small ones takes
-    // longer than decoding what goes there, and threads wait for each other over it.
-    let frames = py.import("numpy")?.call_method1("empty", (shape, numpy::dtype::<u8>(py)))?;
-    let frames = frames.cast_into::<PyArrayDyn<u8>>().map_err(PyErr::from)?;
-    let mut memory = frames.readwrite();
-    let out = memory.as_slice_mut().map_err(PyErr::from)?;
+    let frames = match out {
+        Some(out) => out,
+        // NumPy's memory: a batch too large for it is a MemoryError, and it asks for huge pages. Faulting in small ones
+        // takes longer than decoding what goes there, and threads wait for each other over it.
+        None => py.import("numpy")?.call_method1("empty", (&shape, numpy::dtype::<u8>(py)))?,
+    };
+    let refuse = || {
+        let wanted = format!("wants a writable C-contiguous uint8 array of shape {}", tuple(&shape));
+        PyValueError::new_err(format!("out is {}; {wanted}", describe(&frames)))
+    };
+    let frames = frames.cast::<PyArrayDyn<u8>>().map_err(|_| refuse())?.clone();
+    let mut memory = frames.try_readwrite().map_err(|_| refuse())?;
+    if memory.shape() != shape || !memory.is_c_contiguous() {
+        return Err(refuse().into());
+    }
+    let out = memory.as_slice_mut().map_err(|_| refuse())?;
     py.detach(|| store.gather(items, out))?;
     drop(memory);
     Ok(frames)

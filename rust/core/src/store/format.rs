@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -16,20 +16,29 @@ pub const MAX_SIDE: usize = 4096;
 pub const MAX_WIDTH: usize = 4096;
 /// Most frames in one episode.
 pub const MAX_FRAMES: usize = 1 << 24;
-/// Frames that share a key frame. A window of 4 at stride 5 spans 16 frames, so it meets at most two key frames. Bytes per
-/// 64x64 frame of `TwoRoom`, where a dot moves away from where the key frame has it: 937 at 8, 983 at 16, 1186 at 32.
-pub(super) const CHUNK: usize = 16;
-/// Bytes of an index record.
+/// Frames that share a key frame. A window of 4 at stride 5 spans 16 frames, so it meets at most two. Bytes a frame at 16,
+/// 32 and 64: `TwoRoom` at 64 px 500, 520, 531; a PushT-like scene at 224 px 1541, 1662, 1981. Fewer keys decode faster.
+pub(super) const CHUNK: usize = 32;
+/// Bytes of an index record, and of its copy before the episode.
 pub(super) const RECORD: usize = 64;
 /// Bytes of a table entry.
 pub(super) const ENTRY: usize = 8;
 
+/// The file that writers share a lock on, and a repair has for itself.
+pub(super) const LOCK: &str = "lock";
+/// The folder that a repair moves to what it cannot read.
+pub(super) const DAMAGED: &str = "damaged";
+
 const CATALOGUE: &str = "catalogue.json";
 const FORMAT: &str = "lewm-store";
 const VERSION: u32 = 1;
-const MAGIC: [u8; 8] = *b"lewm-ep1";
-const CODEC_XOR_LZ4: u16 = 1;
+/// What every record begins with.
+pub(super) const EPISODE_MAGIC: [u8; 8] = *b"LEWM-EP1";
+const SHARD_MAGIC: [u8; 8] = *b"LEWM-SH1";
+const CODEC_RUNS_LZ4: u16 = 1;
 const MAX_METADATA: usize = 1 << 20;
+/// Most bytes of a catalogue.
+const MAX_CATALOGUE: usize = 8 << 20;
 
 /// What every episode of a store has in common.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,9 +126,9 @@ impl Schema {
         crc.finalize()
     }
 
-    /// Blobs of an episode: its frames, its actions, its columns.
-    pub(super) fn blobs(&self, frames: usize) -> usize {
-        frames + 1 + self.columns.len()
+    /// Bytes of one row of a frame.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.width * 3
     }
 }
 
@@ -161,33 +170,82 @@ impl Catalogue {
 
     /// Reads a folder's catalogue; `None` where there is none.
     pub fn read(folder: &Path) -> Result<Option<Self>, Error> {
-        let path = folder.join(CATALOGUE);
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
+        let path = Self::path(folder);
+        let mut bytes = Vec::new();
+        match fs::File::open(&path).and_then(|file| file.take(MAX_CATALOGUE as u64 + 1).read_to_end(&mut bytes)) {
+            Ok(_) => {}
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
             Err(error) => return Err(Error::Io(path, error)),
-        };
-        let damaged = |why: String| Error::Corrupt(format!("{}: {why}", path.display()));
-        let head: Head =
-            serde_json::from_slice(&bytes).map_err(|error| damaged(format!("damaged catalogue: {error}")))?;
+        }
+        Self::parse(&bytes).map(Some).map_err(|why| Error::Corrupt(format!("{}: {why}", path.display())))
+    }
+
+    /// Reads a catalogue, or says what is wrong with it.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let damaged = |error: &dyn std::fmt::Display| format!("damaged catalogue: {error}");
+        if bytes.len() > MAX_CATALOGUE {
+            return Err(damaged(&format!("it has more than {MAX_CATALOGUE} bytes")));
+        }
+        let head: Head = serde_json::from_slice(bytes).map_err(|error| damaged(&error))?;
         if head.format != FORMAT || head.version != VERSION {
             let (format, version) = (head.format, head.version);
-            return Err(damaged(format!(
-                "format {format:?} version {version}; this reads {FORMAT:?} version {VERSION}"
-            )));
+            return Err(format!("format {format:?} version {version}; this reads {FORMAT:?} version {VERSION}"));
         }
-        let catalogue: Self =
-            serde_json::from_slice(&bytes).map_err(|error| damaged(format!("damaged catalogue: {error}")))?;
-        catalogue.schema.check().map_err(|error| damaged(format!("damaged catalogue: {error}")))?;
+        let catalogue: Self = serde_json::from_slice(bytes).map_err(|error| damaged(&error))?;
+        catalogue.schema.check().map_err(|error| damaged(&error))?;
         if catalogue.crc() != catalogue.crc32 {
-            return Err(damaged("damaged catalogue: its checksum does not fit".into()));
+            return Err(damaged(&"its checksum does not fit"));
         }
-        Ok(Some(catalogue))
+        Ok(catalogue)
+    }
+
+    /// Whether the catalogue of a folder is whole as far as it can be told, but of a version that this code does not know.
+    pub fn is_foreign(folder: &Path) -> bool {
+        let head = fs::read(Self::path(folder)).ok().and_then(|bytes| serde_json::from_slice::<Head>(&bytes).ok());
+        head.is_some_and(|head| head.format != FORMAT || head.version != VERSION)
+    }
+
+    /// The text of `catalogue.json`.
+    pub fn text(&self) -> String {
+        serde_json::to_string_pretty(self).expect("names and numbers are JSON")
+    }
+
+    /// What a data file begins with: the catalogue once more, so that a shard alone can be read.
+    pub fn shard_head(&self) -> Vec<u8> {
+        let text = self.text();
+        let mut bytes = SHARD_MAGIC.to_vec();
+        bytes.extend((text.len() as u32).to_le_bytes());
+        bytes.extend(crc32fast::hash(text.as_bytes()).to_le_bytes());
+        bytes.extend(text.as_bytes());
+        bytes
+    }
+
+    /// Reads the head of a data file: the catalogue and the bytes that it takes. `None` where it is damaged.
+    pub fn read_head(data: &(impl ReadAt + ?Sized)) -> io::Result<Option<(Self, u64)>> {
+        let mut fixed = [0; 16];
+        if data.size()? < 16 {
+            return Ok(None);
+        }
+        data.read_exact_at(&mut fixed, 0)?;
+        let length = u64::from(u32_at(&fixed, 8));
+        if fixed[..8] != SHARD_MAGIC || length > MAX_CATALOGUE as u64 || 16 + length > data.size()? {
+            return Ok(None);
+        }
+        let mut text = vec![0; length as usize];
+        data.read_exact_at(&mut text, 16)?;
+        if crc32fast::hash(&text) != u32_at(&fixed, 12) {
+            return Ok(None);
+        }
+        Ok(Self::parse(&text).ok().map(|catalogue| (catalogue, 16 + length)))
+    }
+
+    pub fn path(folder: &Path) -> PathBuf {
+        folder.join(CATALOGUE)
     }
 
     /// Writes the catalogue unless there is one, whole or not at all. The caller reads back which one it is.
     pub fn create(&self, folder: &Path) -> Result<(), Error> {
-        let path = folder.join(CATALOGUE);
+        let path = Self::path(folder);
         // A name that nobody has: other writers may be at it, on other machines too.
         let mut number = 0_u64;
         let (temporary, mut file) = loop {
@@ -199,8 +257,7 @@ impl Catalogue {
             }
         };
         let failed = |error| Error::Io(temporary.clone(), error);
-        let text = serde_json::to_string_pretty(self).map_err(|error| failed(error.into()))?;
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
+        file.write_all(self.text().as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
         // A link, unlike a rename, fails where another writer was first. Some file systems have no links.
         match fs::hard_link(&temporary, &path) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => fs::rename(&temporary, &path),
@@ -215,9 +272,9 @@ impl Catalogue {
         Ok(())
     }
 
-    /// Whether a file of this name is a catalogue, or one that a writer was making.
+    /// Whether a file of this name is a catalogue, one that a writer was making, or what a repair left.
     pub fn owns(name: &str) -> bool {
-        name.starts_with(CATALOGUE)
+        name.starts_with(CATALOGUE) || name == LOCK || name == DAMAGED
     }
 }
 
@@ -251,7 +308,7 @@ pub(super) fn shard_numbers(folder: &Path) -> Result<Vec<u32>, Error> {
 }
 
 /// The commit of one episode.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Record {
     pub schema: u32,
     pub frames: usize,
@@ -265,14 +322,14 @@ pub(super) struct Record {
 impl Record {
     pub fn encode(&self) -> [u8; RECORD] {
         let mut bytes = [0; RECORD];
-        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[..8].copy_from_slice(&EPISODE_MAGIC);
         bytes[8..12].copy_from_slice(&self.schema.to_le_bytes());
         bytes[12..16].copy_from_slice(&(self.frames as u32).to_le_bytes());
         bytes[16..24].copy_from_slice(&self.offset.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.length.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.digest.to_le_bytes());
         bytes[40..44].copy_from_slice(&self.table.to_le_bytes());
-        bytes[44..46].copy_from_slice(&CODEC_XOR_LZ4.to_le_bytes());
+        bytes[44..46].copy_from_slice(&CODEC_RUNS_LZ4.to_le_bytes());
         bytes[46..48].copy_from_slice(&(self.chunk as u16).to_le_bytes());
         let crc = crc32fast::hash(&bytes[..60]);
         bytes[60..].copy_from_slice(&crc.to_le_bytes());
@@ -284,8 +341,8 @@ impl Record {
         if bytes.len() != RECORD || u32_at(bytes, 60) != crc32fast::hash(&bytes[..60]) {
             return Err("its checksum does not fit");
         }
-        if bytes[..8] != MAGIC || bytes[44..46] != CODEC_XOR_LZ4.to_le_bytes() {
-            return Err("a newer version wrote it");
+        if bytes[..8] != EPISODE_MAGIC || bytes[44..46] != CODEC_RUNS_LZ4.to_le_bytes() {
+            return Err("another version wrote it");
         }
         let record = Self {
             schema: u32_at(bytes, 8),
@@ -299,12 +356,31 @@ impl Record {
         if record.schema != schema.crc() {
             return Err("it belongs to a store with another schema");
         }
-        let table = (record.frames as u64 + 1 + schema.columns.len() as u64) * ENTRY as u64;
-        let sound = (2..=MAX_FRAMES).contains(&record.frames) && record.chunk > 0 && record.length >= table;
-        if !sound || record.offset.checked_add(record.length).is_none() {
+        let sound = (2..=MAX_FRAMES).contains(&record.frames) && record.chunk > 0;
+        if !sound || record.length < record.blobs_at(schema) || record.offset.checked_add(record.length).is_none() {
             return Err("its numbers contradict each other");
         }
         Ok(record)
+    }
+
+    /// Chunks of the episode, each with a key frame.
+    pub fn chunks(&self) -> usize {
+        self.frames.div_ceil(self.chunk)
+    }
+
+    /// Blobs of the episode: key frames and frames, actions, columns.
+    pub fn blobs(&self, schema: &Schema) -> usize {
+        self.chunks() + self.frames + 1 + schema.columns.len()
+    }
+
+    /// Where in the table a frame is. The key frame of its chunk is before the chunk's first.
+    pub fn blob_of(&self, frame: usize) -> usize {
+        frame + frame / self.chunk + 1
+    }
+
+    /// Bytes of the episode before its first blob: the copy of the record and the table.
+    pub fn blobs_at(&self, schema: &Schema) -> u64 {
+        (RECORD + self.blobs(schema) * ENTRY) as u64
     }
 
     /// The first byte after the episode.
@@ -321,10 +397,50 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
-/// Turns a frame into its difference from the key frame, and back.
-pub(super) fn xor(frame: &mut [u8], key: &[u8]) {
-    for (frame, key) in frame.iter_mut().zip(key) {
-        *frame ^= key;
+/// Bytes that can be read from anywhere: a file, or memory.
+pub(super) trait ReadAt {
+    /// Fills `bytes` from `offset` on.
+    fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()>;
+    /// How many there are.
+    fn size(&self) -> io::Result<u64>;
+}
+
+impl ReadAt for [u8] {
+    fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let part = usize::try_from(offset).ok().and_then(|from| self.get(from..from.checked_add(bytes.len())?));
+        bytes.copy_from_slice(part.ok_or(ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.len() as u64)
+    }
+}
+
+impl ReadAt for fs::File {
+    #[cfg(unix)]
+    fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(self, bytes, offset)
+    }
+
+    #[cfg(windows)]
+    fn read_exact_at(&self, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match std::os::windows::fs::FileExt::seek_read(self, bytes, offset) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    bytes = &mut bytes[count..];
+                    offset += count as u64;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.metadata().map(|metadata| metadata.len())
     }
 }
 

@@ -8,11 +8,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
-use super::format::{shard_numbers, shard_paths, u32_at, xor, Catalogue, Digest, Record, Schema, ENTRY, RECORD};
+use super::episode::{read_table, Blob, Fault, Reading, Scratch};
+use super::format::{shard_numbers, shard_paths, Catalogue, Digest, Record, Schema, RECORD};
 use crate::Error;
 
 /// Decoded bytes that are worth a thread of their own: below this, starting it takes longer than it saves.
 const BYTES_PER_THREAD: usize = 256 << 10;
+/// Shards whose files stay open, the first ones. A file of another is opened for one run of frames out of it.
+const KEPT_OPEN: usize = 128;
 
 /// The committed episodes of a store. Cheap to clone; a clone shares open files and tables.
 #[derive(Clone, Debug)]
@@ -33,6 +36,7 @@ type Shards = BTreeMap<u32, (Arc<Shard>, usize)>;
 struct Shard {
     number: u32,
     path: PathBuf,
+    keep: bool,
     // Filled by whole values only: the lock is never held while a file is opened or read.
     file: OnceLock<File>,
 }
@@ -45,13 +49,6 @@ struct Episode {
     table: OnceLock<Vec<Blob>>,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Blob {
-    offset: u64,
-    length: u32,
-    crc: u32,
-}
-
 /// What a look at the index files found.
 struct Found {
     shards: Shards,
@@ -59,12 +56,11 @@ struct Found {
     damage: Vec<String>,
 }
 
-/// Buffers of one decoding thread, and the key frame they hold.
+/// What one decoding thread uses again.
 #[derive(Default)]
-struct Scratch {
-    blob: Vec<u8>,
-    key: Vec<u8>,
-    key_of: Option<(usize, usize)>,
+struct Worker {
+    scratch: Scratch,
+    file: Option<(u32, File)>,
 }
 
 impl Store {
@@ -112,18 +108,24 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::open`]; the store is then as it was.
+    #[allow(clippy::redundant_closure_for_method_calls)] // the method itself has not the lifetimes for it
     pub fn refresh(&mut self) -> Result<usize, Error> {
         let Found { shards, mut episodes, mut damage } = self.find_new()?;
         if self.skip_damaged {
-            episodes.retain(|episode| match self.check_episode(episode) {
-                Ok(()) => true,
-                Err(error) => {
-                    damage.push(error.to_string());
-                    false
+            let mut worker = Worker::default();
+            episodes.retain(|episode| {
+                match self.read(episode, &mut worker, |reading, scratch| reading.check(scratch)) {
+                    Ok(()) => true,
+                    Err(error) => {
+                        damage.push(error.to_string());
+                        false
+                    }
                 }
             });
         } else if let Some(first) = damage.first() {
-            return Err(Error::Corrupt(format!("{first}; open with skip_damaged=True to read the intact episodes")));
+            return Err(Error::Corrupt(format!(
+                "{first}; `lewm data repair` sets it right, skip_damaged=True reads the intact episodes"
+            )));
         }
         let count = episodes.len();
         self.shards = shards;
@@ -140,8 +142,9 @@ impl Store {
         let mut damage = Vec::new();
         for number in shard_numbers(&self.folder)? {
             let (data_path, index_path) = shard_paths(&self.folder, number);
-            let new = || Arc::new(Shard { number, path: data_path.clone(), file: OnceLock::new() });
-            let (shard, seen) = shards.entry(number).or_insert_with(|| (new(), 0));
+            let keep = shards.len() < KEPT_OPEN;
+            let new = |keep| Arc::new(Shard { number, path: data_path.clone(), keep, file: OnceLock::new() });
+            let (shard, seen) = shards.entry(number).or_insert_with(|| (new(keep), 0));
             let bytes = match read_from(&index_path, (*seen * RECORD) as u64) {
                 Ok(bytes) => bytes,
                 Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -163,7 +166,7 @@ impl Store {
             // A copy that is kept up to date may have another file there by now, and the open one lacks the new episodes.
             let replaced = |open: &File| open.metadata().map_or(true, |open| open.len() < present);
             if shard.file.get().is_some_and(replaced) {
-                *shard = new();
+                *shard = new(true);
             }
             let (mut end, mut cut) = (0, 0);
             for (place, bytes) in bytes.chunks_exact(RECORD).take(records).enumerate() {
@@ -195,6 +198,10 @@ impl Store {
             }
         }
         Ok(Found { shards, episodes, damage })
+    }
+
+    pub(super) fn into_catalogue(self) -> Catalogue {
+        self.catalogue
     }
 
     /// What every episode has in common.
@@ -315,11 +322,15 @@ impl Store {
             )));
         }
         let decode = |items: &[(usize, usize)], out: &mut [u8]| {
-            let mut scratch = Scratch::default();
-            items.iter().zip(out.chunks_exact_mut(size)).try_for_each(|(&(episode, frame), out)| {
-                let found = self.episodes.get(episode);
-                let found = found.ok_or_else(|| Error::Index(format!("episode {episode} is not in the store")))?;
-                self.frame(found, episode, frame, &mut scratch, out)
+            let mut worker = Worker::default();
+            items.iter().zip(out.chunks_exact_mut(size)).try_for_each(|(&(index, frame), out)| {
+                let episode = self.episodes.get(index);
+                let episode = episode.ok_or_else(|| Error::Index(format!("episode {index} is not in the store")))?;
+                let frames = episode.record.frames;
+                if frame >= frames {
+                    return Err(Error::Index(format!("frame {frame} is not in an episode of {frames} frames")));
+                }
+                self.read(episode, &mut worker, |reading, scratch| reading.frame(index, frame, scratch, out))
             })
         };
         let threads = threads.min(out.len() / BYTES_PER_THREAD).max(1);
@@ -349,8 +360,7 @@ impl Store {
     /// As [`Store::gather`].
     pub fn actions(&self, episode: i64) -> Result<Vec<f32>, Error> {
         let episode = &self.episodes[self.index(episode)?];
-        let mut bytes = Vec::new();
-        self.blob(episode, episode.record.frames, &mut bytes)?;
+        let bytes = self.array(episode, 0)?;
         Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 
@@ -365,157 +375,58 @@ impl Store {
             return Err(Error::Argument(format!("name is {name:?}; this store has {known:?}")));
         };
         let episode = &self.episodes[self.index(episode)?];
-        let mut bytes = Vec::new();
-        self.blob(episode, episode.record.frames + 1 + place, &mut bytes)?;
+        let bytes = self.array(episode, 1 + place)?;
         let number = |b: &[u8]| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
         Ok(bytes.chunks_exact(8).map(number).collect())
     }
 
-    /// Reads all of an episode and compares it with the digest it was committed with.
-    fn check_episode(&self, episode: &Episode) -> Result<(), Error> {
-        let mut scratch = Scratch::default();
-        let mut frame = vec![0; self.schema().frame_bytes()];
-        let mut digest = Digest::new();
-        digest.update(episode.record.frames as u64);
-        for at in 0..episode.record.frames {
-            self.frame(episode, 0, at, &mut scratch, &mut frame)?;
-            digest.blob(&frame);
-        }
-        for blob in episode.record.frames..self.schema().blobs(episode.record.frames) {
-            self.blob(episode, blob, &mut scratch.blob)?;
-            digest.blob(&scratch.blob);
-        }
-        if digest.finish() != episode.record.digest {
-            return Err(episode.damaged("its content is not what was committed"));
-        }
-        Ok(())
+    /// The bytes of the actions (0) or a column (from 1 on) of an episode.
+    fn array(&self, episode: &Episode, place: usize) -> Result<Vec<u8>, Error> {
+        let mut bytes = Vec::new();
+        self.read(episode, &mut Worker::default(), |reading, _| reading.array(place, &mut bytes))?;
+        Ok(bytes)
     }
 
-    /// Decodes one frame. `index` tells episodes apart whose key frame `scratch` may hold.
-    fn frame(
+    /// Reads something of an episode, its file opened and its table read first where that has to be.
+    fn read(
         &self,
         episode: &Episode,
-        index: usize,
-        frame: usize,
-        scratch: &mut Scratch,
-        out: &mut [u8],
+        worker: &mut Worker,
+        what: impl FnOnce(&Reading<'_, File>, &mut Scratch) -> Result<(), Fault>,
     ) -> Result<(), Error> {
-        let Record { frames, chunk, .. } = episode.record;
-        if frame >= frames {
-            return Err(Error::Index(format!("frame {frame} is not in an episode of {frames} frames")));
-        }
-        let key = frame - frame % chunk;
-        if scratch.key_of != Some((index, key)) {
-            scratch.key_of = None;
-            scratch.key.resize(out.len(), 0);
-            self.blob(episode, key, &mut scratch.blob)?;
-            unpack(episode, &scratch.blob, &mut scratch.key)?;
-            scratch.key_of = Some((index, key));
-        }
-        if frame == key {
-            out.copy_from_slice(&scratch.key);
-            return Ok(());
-        }
-        self.blob(episode, frame, &mut scratch.blob)?;
-        unpack(episode, &scratch.blob, out)?;
-        xor(out, &scratch.key);
-        Ok(())
-    }
-
-    /// Reads one blob of an episode, checked.
-    fn blob(&self, episode: &Episode, at: usize, bytes: &mut Vec<u8>) -> Result<(), Error> {
-        let blob = self.table(episode)?[at];
-        bytes.resize(blob.length as usize, 0);
-        episode.read(blob.offset, bytes)?;
-        if crc32fast::hash(bytes) != blob.crc {
-            return Err(episode.damaged(&format!("the checksum of part {at} does not fit")));
-        }
-        Ok(())
-    }
-
-    /// The table of an episode, read once.
-    fn table<'a>(&self, episode: &'a Episode) -> Result<&'a [Blob], Error> {
-        if let Some(table) = episode.table.get() {
-            return Ok(table);
-        }
-        let Record { frames, offset, length, .. } = episode.record;
-        // No more than the episode's length, which is within the file: `Record::decode` and `find_new` saw to that.
-        let mut bytes = vec![0; self.schema().blobs(frames) * ENTRY];
-        episode.read(offset, &mut bytes)?;
-        if crc32fast::hash(&bytes) != episode.record.table {
-            return Err(episode.damaged("the checksum of its table does not fit"));
-        }
-        let mut at = offset + bytes.len() as u64;
-        let mut table = Vec::with_capacity(bytes.len() / ENTRY);
-        for entry in bytes.chunks_exact(ENTRY) {
-            let blob = Blob { offset: at, length: u32_at(entry, 0), crc: u32_at(entry, 4) };
-            at += u64::from(blob.length);
-            table.push(blob);
-        }
-        let widths = self.schema().columns.values().map(|&width| (frames, width * 8));
-        let arrays = std::iter::once((frames - 1, self.schema().action_dim * 4)).chain(widths);
-        let fits =
-            |(blob, (rows, bytes)): (&Blob, (usize, usize))| u64::from(blob.length) == rows as u64 * bytes as u64;
-        let plain = table[frames..].iter().zip(arrays).all(fits);
-        // LZ4 makes at most 255 bytes of one, so a file cannot claim frames that it has no room for, nor more than they need.
-        let size = self.schema().frame_bytes();
-        let packed = size.div_ceil(255)..=lz4_flex::block::get_maximum_output_size(size);
-        if !plain
-            || !table[..frames].iter().all(|blob| packed.contains(&(blob.length as usize)))
-            || at != offset + length
-        {
-            return Err(episode.damaged("the numbers of its table contradict each other"));
-        }
-        Ok(episode.table.get_or_init(|| table))
-    }
-}
-
-impl Episode {
-    fn damaged(&self, why: &str) -> Error {
-        Error::Corrupt(format!("{}: episode {} is damaged: {why}", self.shard.path.display(), self.ordinal))
-    }
-
-    fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
-        let failed = |error: std::io::Error| match error.kind() {
-            ErrorKind::UnexpectedEof => self.damaged("the file was cut short since it was opened"),
-            _ => Error::Io(self.shard.path.clone(), error),
+        let Worker { scratch, file } = worker;
+        let shard = &episode.shard;
+        let read = || {
+            let data = if let Some(data) = shard.file.get() {
+                data
+            } else if shard.keep {
+                let data = File::open(&shard.path)?;
+                shard.file.get_or_init(|| data)
+            } else {
+                if file.as_ref().is_none_or(|(number, _)| *number != shard.number) {
+                    *file = Some((shard.number, File::open(&shard.path)?));
+                }
+                &file.as_ref().expect("just opened").1
+            };
+            let (schema, record) = (self.schema(), &episode.record);
+            let table = if let Some(table) = episode.table.get() {
+                table
+            } else {
+                let table = read_table(data, schema, record)?;
+                episode.table.get_or_init(|| table)
+            };
+            what(&Reading { data, schema, record, table }, scratch)
         };
-        let file = if let Some(file) = self.shard.file.get() {
-            file
-        } else {
-            let file = File::open(&self.shard.path).map_err(failed)?;
-            self.shard.file.get_or_init(|| file)
-        };
-        read_exact_at(file, bytes, offset).map_err(failed)
+        read().map_err(|fault| match fault {
+            Fault::Damaged(why) => Error::Corrupt(damaged(&shard.path, episode.ordinal, &why)),
+            Fault::Io(error) => Error::Io(shard.path.clone(), error),
+        })
     }
 }
 
-fn unpack(episode: &Episode, blob: &[u8], out: &mut [u8]) -> Result<(), Error> {
-    match lz4_flex::block::decompress_into(blob, out) {
-        Ok(length) if length == out.len() => Ok(()),
-        _ => Err(episode.damaged("a frame does not decode to its size")),
-    }
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, bytes, offset) {
-            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                bytes = &mut bytes[count..];
-                offset += count as u64;
-            }
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
+/// Says which episode of which file is damaged.
+pub(super) fn damaged(path: &Path, ordinal: usize, why: &str) -> String {
+    format!("{}: episode {ordinal} is damaged: {why}", path.display())
 }
 
 fn read_from(path: &Path, offset: u64) -> std::io::Result<Vec<u8>> {

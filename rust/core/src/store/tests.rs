@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::format::{shard_paths, xor, CHUNK, RECORD};
-use super::{Schema, Store, Writer};
+use super::codec::{self, Buffers};
+use super::format::{shard_paths, CHUNK, RECORD};
+use super::{repair, verify, Schema, Store, Verification, Writer};
 use crate::Error;
 
 struct Episode {
@@ -91,6 +92,17 @@ fn index(folder: &Path) -> PathBuf {
     shard_paths(folder, 0).1
 }
 
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn check(folder: &Path) -> Verification {
+    verify(folder, &mut |_, _| true).unwrap().unwrap()
+}
+
 fn corrupt(result: Result<Store, Error>) -> String {
     match result {
         Err(Error::Corrupt(text)) => text,
@@ -153,8 +165,9 @@ proptest! {
             // Chunk length and digest have no second witness: that nothing panics is all there is to ask.
             _ if which == 1 && checksums => {}
             Ok(got) => {
-                // Edits that cancel, or that turn white space of the catalogue into other white space.
-                prop_assert!(bad == good || which == 2);
+                // Edits that cancel, or that turn white space of the catalogue into other white space, or that change
+                // what only a repair reads.
+                prop_assert!(bad == good || which == 2 || (which == 0 && !check(folder.path()).damage.is_empty()));
                 prop_assert_eq!(got.len(), episodes.len());
                 got.iter().zip(&episodes).for_each(|(got, wanted)| assert_equal(got, wanted));
             }
@@ -177,12 +190,73 @@ proptest! {
     }
 
     #[test]
-    fn xor_is_its_own_inverse(key: [u8; 32], frame: [u8; 32]) {
-        let mut coded = frame;
-        xor(&mut coded, &key);
-        xor(&mut coded, &key);
-        prop_assert_eq!(coded, frame);
+    fn pictures_are_decoded_to_what_they_were(
+        (height, width) in (1..12_usize, 1..40_usize),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 1..30_usize), 0..12),
+        level: u8,
+        noise: bool,
+    ) {
+        let size = height * width * 3;
+        let mut frame = vec![level; size];
+        for (at, value, length) in changes {
+            let at = at.index(size);
+            let value = |place: usize| if noise { value.wrapping_mul(place as u8 ^ 0x5d) } else { value };
+            frame.iter_mut().enumerate().skip(at).take(length).for_each(|(place, byte)| *byte = value(place));
+        }
+        let key: Vec<u8> = frame.iter().map(|byte| if byte % 5 == 0 { 9 } else { *byte }).collect();
+        for key in [None, Some(&*key)] {
+            assert_coding(&frame, key, width * 3);
+        }
     }
+
+    #[test]
+    fn any_bytes_as_a_picture_do_not_panic(stream in prop::collection::vec(any::<u8>(), 0..80), packed: bool) {
+        let bytes = if packed { lz4_flex::block::compress(&stream) } else { stream };
+        for key in [None, Some(&[7; 60][..])] {
+            let mut out = [1; 60];
+            let _ = codec::decode(&bytes, key, 12, &mut out, &mut Vec::new());
+        }
+    }
+}
+
+/// Codes and decodes a picture; returns the bytes it took.
+fn assert_coding(frame: &[u8], key: Option<&[u8]>, row: usize) -> usize {
+    let mut buffers = Buffers::default();
+    let bytes = codec::encode(frame, key, row, &mut buffers);
+    if bytes.len() < frame.len() {
+        let mut out = vec![0xaa; frame.len()];
+        codec::decode(bytes, key, row, &mut out, &mut vec![3; 5]).expect("it was just coded");
+        assert!(out == frame, "decoded to something else");
+    } else {
+        assert!(bytes == frame, "a picture that is kept as it is");
+    }
+    bytes.len()
+}
+
+#[test]
+fn pictures_of_odd_sizes_and_the_largest() {
+    let random =
+        |size: usize| (0..size as u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect::<Vec<_>>();
+    for (height, width) in [(1, 1), (1, 7), (7, 1), (3, 5), (17, 31), (96, 96), (64, 64)] {
+        let (size, row) = (height * width * 3, width * 3);
+        for frame in [vec![0; size], vec![255; size], random(size)] {
+            for key in [None, Some(&*frame), Some(&*vec![255; size])] {
+                assert_coding(&frame, key, row);
+            }
+        }
+    }
+    // All white: one row, and a copy of it for each of the others.
+    assert!(assert_coding(&vec![255; 4096 * 4096 * 3], None, 4096 * 3) < 100);
+    let noise = random(96 * 96 * 3);
+    assert_eq!(assert_coding(&noise, None, 96 * 3), noise.len());
+}
+
+#[test]
+fn a_key_frame_is_the_median() {
+    assert_eq!(codec::key(&[1, 2, 3, 1, 9, 3, 1, 4, 3], 3), [1, 4, 3]);
+    assert_eq!(codec::key(&[1, 2, 3], 3), [1, 2, 3]);
+    // Noise: the first frame does as well.
+    assert_eq!(codec::key(&[1, 2, 3, 4, 5, 6, 7, 8, 9], 3), [1, 2, 3]);
 }
 
 #[test]
@@ -248,7 +322,7 @@ fn every_flipped_byte_of_an_index_is_damage() {
 }
 
 #[test]
-fn every_flipped_byte_of_the_data_is_found_when_read() {
+fn every_flipped_byte_of_the_data_is_found() {
     let (folder, episodes, ends) = small();
     let good = fs::read(data(folder.path())).unwrap();
     for at in 0..good.len() {
@@ -259,12 +333,14 @@ fn every_flipped_byte_of_the_data_is_found_when_read() {
         let store = Store::open(folder.path(), false).unwrap();
         for (episode, wanted) in episodes.iter().enumerate() {
             match read(&store, episode) {
-                Ok(got) if episode != broken => assert_equal(&got, wanted),
+                // What only a repair reads may be broken too: the head of the shard, an episode's own record.
+                Ok(got) => assert_equal(&got, wanted),
                 Err(Error::Corrupt(_)) if episode == broken => {}
                 _ => panic!("byte {at}, episode {episode}"),
             }
         }
-        assert_eq!(Store::open(folder.path(), true).unwrap().len(), episodes.len() - 1);
+        assert!(Store::open(folder.path(), true).unwrap().len() >= episodes.len() - 1);
+        assert!(!check(folder.path()).damage.is_empty(), "byte {at}");
     }
 }
 
@@ -300,6 +376,8 @@ fn a_newer_catalogue_says_so() {
     let text = fs::read_to_string(&path).unwrap().replace("\"version\": 1", "\"version\": 9");
     fs::write(&path, text).unwrap();
     assert!(corrupt(Store::open(folder.path(), false)).contains("version 9"));
+    let refused = repair(folder.path(), false, &mut |_, _| true).unwrap_err();
+    assert!(refused.to_string().contains("version 9"), "{refused}");
 }
 
 #[test]
@@ -392,19 +470,21 @@ fn a_refresh_that_fails_loses_nothing() {
 }
 
 #[test]
-fn a_frame_larger_than_any_coding_of_it_is_not_read() {
+fn a_frame_larger_than_its_pixels_is_not_read() {
     let (folder, _, _) = small();
     let (mut bytes, mut record) = (fs::read(data(folder.path())).unwrap(), fs::read(index(folder.path())).unwrap());
     record.truncate(RECORD);
-    // The first episode has 2 frames, its actions and a column: a table of 4. Its first frame grows by a kilobyte.
-    let length = u32::from_le_bytes(bytes[..4].try_into().unwrap()) as usize;
-    bytes.splice(32 + length..32 + length, [0; 1024]);
-    bytes[..4].copy_from_slice(&(length as u32 + 1024).to_le_bytes());
-    let crc = crc32fast::hash(&bytes[32..32 + length + 1024]);
-    bytes[4..8].copy_from_slice(&crc.to_le_bytes());
+    // The first episode has a key frame, 2 frames, its actions and a column: a table of 5. Its key grows by a kilobyte.
+    let table = u64::from_le_bytes(record[16..24].try_into().unwrap()) as usize + RECORD;
+    let blobs = table + 40;
+    let length = u32::from_le_bytes(bytes[table..table + 4].try_into().unwrap()) as usize;
+    bytes.splice(blobs + length..blobs + length, [0; 1024]);
+    bytes[table..table + 4].copy_from_slice(&(length as u32 + 1024).to_le_bytes());
+    let crc = crc32fast::hash(&bytes[blobs..blobs + length + 1024]);
+    bytes[table + 4..table + 8].copy_from_slice(&crc.to_le_bytes());
     let whole = u64::from_le_bytes(record[24..32].try_into().unwrap()) + 1024;
     record[24..32].copy_from_slice(&whole.to_le_bytes());
-    record[40..44].copy_from_slice(&crc32fast::hash(&bytes[..32]).to_le_bytes());
+    record[40..44].copy_from_slice(&crc32fast::hash(&bytes[table..blobs]).to_le_bytes());
     let crc = crc32fast::hash(&record[..60]);
     record[60..].copy_from_slice(&crc.to_le_bytes());
     fs::write(data(folder.path()), bytes).unwrap();
@@ -511,7 +591,7 @@ fn bad_episodes_are_refused_and_leave_nothing() {
     let mut values = good.state.clone();
     values[5] = f64::INFINITY;
     refuse(&good.frames, &good.actions, &[("state", &values)], "columns[\"state\"][1, 2] is inf");
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert_eq!(names(folder.path()), ["catalogue.json", "lock"]);
     assert_eq!(append(&mut writer, &good).unwrap(), 0);
 }
 
@@ -534,4 +614,145 @@ fn bad_stores_are_refused() {
     refuse(new.path(), base.clone(), "{", "not JSON");
     fs::write(new.path().join("thesis.tex"), "years").unwrap();
     refuse(new.path(), base, "{}", "not empty: it has thesis.tex");
+}
+
+/// Repairs, and expects a store in order that has exactly `wanted`.
+fn assert_repaired(folder: &Path, wanted: &[&Episode]) -> Vec<String> {
+    let planned = repair(folder, true, &mut |_, _| true).unwrap().unwrap();
+    let done = repair(folder, false, &mut |_, _| true).unwrap().unwrap();
+    assert_eq!(planned.changes, done.changes);
+    let found = check(folder);
+    assert_eq!((found.damage, found.notes), (vec![], vec![]));
+    assert_eq!((found.episodes, done.episodes), (wanted.len(), wanted.len()));
+    assert_eq!(found.frames, wanted.iter().map(|episode| episode.frames.len() / 60).sum::<usize>());
+    let store = Store::open(folder, false).unwrap();
+    assert_eq!(store.len(), wanted.len());
+    wanted.iter().enumerate().for_each(|(at, wanted)| assert_equal(&read(&store, at).unwrap(), wanted));
+    assert!(repair(folder, false, &mut |_, _| true).unwrap().unwrap().changes.is_empty());
+    done.changes
+}
+
+#[test]
+fn a_store_in_order_needs_no_repair() {
+    let (folder, episodes, _) = small();
+    let before = fs::read(data(folder.path())).unwrap();
+    let found = check(folder.path());
+    assert_eq!((found.episodes, found.frames, found.damage, found.notes), (3, 33, vec![], vec![]));
+    assert!(assert_repaired(folder.path(), &episodes.iter().collect::<Vec<_>>()).is_empty());
+    assert!(before == fs::read(data(folder.path())).unwrap() && !folder.path().join("damaged").exists());
+}
+
+#[test]
+fn an_index_cut_at_a_record_or_gone_is_noticed_and_made_again() {
+    let (folder, episodes, _) = small();
+    let whole = fs::read(index(folder.path())).unwrap();
+    for records in 0..3 {
+        fs::write(index(folder.path()), &whole[..records * RECORD]).unwrap();
+        assert_eq!(Store::open(folder.path(), false).unwrap().len(), records);
+        let found = check(folder.path());
+        assert_eq!((found.episodes, found.damage.len()), (records, 3 - records));
+        assert!(found.damage[0].contains("is not in the index"), "{:?}", found.damage);
+        assert_repaired(folder.path(), &episodes.iter().collect::<Vec<_>>());
+        assert!(fs::read(index(folder.path())).unwrap() == whole);
+    }
+    fs::remove_file(index(folder.path())).unwrap();
+    assert!(check(folder.path()).damage[0].contains("is missing"));
+    assert_repaired(folder.path(), &episodes.iter().collect::<Vec<_>>());
+    assert!(fs::read(index(folder.path())).unwrap() == whole);
+}
+
+#[test]
+fn one_damaged_episode_goes_and_the_others_stay() {
+    let (folder, episodes, ends) = small();
+    let good = (fs::read(data(folder.path())).unwrap(), fs::read(index(folder.path())).unwrap());
+    let head = fs::metadata(folder.path().join("catalogue.json")).unwrap().len() as usize + 16;
+    for at in (0..good.0.len()).step_by(7) {
+        let mut bad = good.0.clone();
+        bad[at] ^= 1;
+        fs::write(data(folder.path()), &bad).unwrap();
+        fs::write(index(folder.path()), &good.1).unwrap();
+        let _ = fs::remove_dir_all(folder.path().join("damaged"));
+        let starts = [head, ends[0], ends[1]];
+        // The head of the shard and an episode's copy of its record can be made again.
+        let lost = (0..3).find(|&episode| (starts[episode] + RECORD..ends[episode]).contains(&at));
+        let left: Vec<_> = (0..3).filter(|&episode| Some(episode) != lost).map(|episode| &episodes[episode]).collect();
+        assert_repaired(folder.path(), &left);
+        assert!(fs::read(folder.path().join("damaged/shard-000000.data.0")).unwrap() == bad, "nothing is deleted");
+        // Killed between data and index: the next repair ends as this one did.
+        fs::write(index(folder.path()), &good.1).unwrap();
+        assert_repaired(folder.path(), &left);
+    }
+}
+
+#[test]
+fn a_catalogue_is_made_again_from_a_shard() {
+    let (folder, episodes, _) = small();
+    let path = folder.path().join("catalogue.json");
+    let whole = fs::read(&path).unwrap();
+    for cut in 0..whole.len() {
+        fs::write(&path, &whole[..cut]).unwrap();
+        assert!(check(folder.path()).damage[0].contains("damaged catalogue"));
+        assert_repaired(folder.path(), &episodes.iter().collect::<Vec<_>>());
+        assert!(fs::read(&path).unwrap() == whole);
+    }
+    fs::remove_file(&path).unwrap();
+    assert_repaired(folder.path(), &episodes.iter().collect::<Vec<_>>());
+    assert!(fs::read(&path).unwrap() == whole);
+    assert!(matches!(verify(&folder.path().join("damaged"), &mut |_, _| true), Err(Error::Corrupt(_))));
+    assert!(matches!(repair(&folder.path().join("damaged"), false, &mut |_, _| true), Err(Error::Corrupt(_))));
+}
+
+#[test]
+fn a_repair_waits_for_nobody() {
+    let (folder, episodes, _) = small();
+    let mut writer = Writer::open(folder.path(), schema(4, 5), "{}").unwrap();
+    append(&mut writer, &episodes[0]).unwrap();
+    for dry_run in [false, true] {
+        let error = repair(folder.path(), dry_run, &mut |_, _| true).unwrap_err();
+        assert!(error.to_string().contains("has a writer at work"), "{error}");
+    }
+    // An append that has not come to its record is no damage while somebody writes.
+    let record = fs::read(shard_paths(folder.path(), 1).1).unwrap();
+    fs::write(shard_paths(folder.path(), 1).1, []).unwrap();
+    let found = check(folder.path());
+    assert_eq!((found.episodes, found.damage.len(), found.notes.len()), (3, 0, 1));
+    drop(writer);
+    assert_eq!(check(folder.path()).damage.len(), 1);
+    fs::write(shard_paths(folder.path(), 1).1, record).unwrap();
+    assert!(repair(folder.path(), false, &mut |_, _| false).unwrap().is_none());
+    assert!(verify(folder.path(), &mut |_, _| false).unwrap().is_none());
+    assert_repaired(folder.path(), &[&episodes[0], &episodes[1], &episodes[2], &episodes[0]]);
+}
+
+#[test]
+fn more_shards_than_files_may_be_open() {
+    let schema = schema(4, 5);
+    let folder = TempDir::new().unwrap();
+    let episodes: Vec<_> = (0..140).map(|seed| episode(&schema, 3, seed, true)).collect();
+    for episode in &episodes {
+        write(folder.path(), &schema, std::slice::from_ref(episode));
+    }
+    let store = Store::open(folder.path(), false).unwrap();
+    for (at, wanted) in episodes.iter().enumerate() {
+        assert_equal(&read(&store, at).unwrap(), wanted);
+    }
+    #[cfg(target_os = "linux")]
+    {
+        let links = fs::read_dir("/proc/self/fd").unwrap().filter_map(|link| fs::read_link(link.ok()?.path()).ok());
+        let open = links.filter(|file| file.starts_with(folder.path())).count();
+        assert_eq!(open, 128);
+    }
+}
+
+#[test]
+fn a_mutated_store_in_memory_is_repaired() {
+    let (folder, _, _) = small();
+    let read = |path: &Path| fs::read(path).unwrap();
+    let (catalogue, index, data) =
+        (read(&folder.path().join("catalogue.json")), read(&index(folder.path())), read(&data(folder.path())));
+    assert_eq!(super::exercise(&catalogue, &index, &data), 3);
+    assert_eq!(super::exercise(&[], &[], &data), 3);
+    assert_eq!(super::exercise(&catalogue, &index, &data[..data.len() - 1]), 2);
+    assert_eq!(super::exercise(&catalogue, &index, &[]), 0);
+    assert_eq!(super::exercise(&[], &index, &data[1..]), 0);
 }

@@ -4,9 +4,11 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use super::codec::{self, Buffers};
 use super::format::{
-    shard_numbers, shard_paths, sync_folder, xor, Catalogue, Digest, Record, Schema, CHUNK, ENTRY, MAX_FRAMES,
+    shard_numbers, shard_paths, sync_folder, Catalogue, Digest, Record, Schema, CHUNK, ENTRY, MAX_FRAMES,
 };
+use super::lock::{self, Lock};
 use super::reader::Store;
 use crate::Error;
 
@@ -14,10 +16,11 @@ use crate::Error;
 #[derive(Debug)]
 pub struct Writer {
     folder: PathBuf,
-    schema: Schema,
+    catalogue: Catalogue,
     shard: Option<Shard>,
     episodes: usize,
     process: u32,
+    _lock: Option<Lock>,
 }
 
 #[derive(Debug)]
@@ -48,21 +51,24 @@ impl Writer {
                 catalogue.create(folder)?;
             }
         }
+        // Held before the episodes are counted, so that no repair changes their number in between.
+        let lock = lock::share(folder)?;
         let stored = Store::scan(folder)?;
         catalogue.schema.same_as(stored.schema(), folder)?;
         Ok(Self {
             folder: folder.to_owned(),
-            schema: catalogue.schema,
-            shard: None,
             episodes: stored.len(),
+            catalogue: stored.into_catalogue(),
+            shard: None,
             process: std::process::id(),
+            _lock: lock,
         })
     }
 
     /// What an episode must look like.
     #[must_use]
     pub fn schema(&self) -> &Schema {
-        &self.schema
+        &self.catalogue.schema
     }
 
     /// Appends an episode of N frames; it is committed, and on the disk, when this returns its index, which does not count
@@ -78,12 +84,12 @@ impl Writer {
             return Err(Error::Argument("this writer was opened in another process: open one after the fork".into()));
         }
         let columns = self.check(frames, actions, columns)?;
-        let (bytes, mut record) = encode(&self.schema, frames, actions, &columns);
         let mut shard = match self.shard.take() {
             Some(shard) => shard,
             None => Shard::create(&self.folder)?,
         };
-        record.offset = shard.end;
+        let head = if shard.end == 0 { self.catalogue.shard_head() } else { Vec::new() };
+        let (bytes, record) = encode(self.schema(), frames, actions, &columns, head, shard.end);
         shard.commit(&bytes, &record)?;
         self.shard = Some(shard);
         self.episodes += 1;
@@ -97,9 +103,9 @@ impl Writer {
         actions: &[f32],
         columns: &[(&str, &'a [f64])],
     ) -> Result<Vec<&'a [f64]>, Error> {
-        let schema = &self.schema;
+        let schema = self.schema();
         let count = frames.len() / schema.frame_bytes();
-        if frames.len() % schema.frame_bytes() != 0 {
+        if !frames.len().is_multiple_of(schema.frame_bytes()) {
             return Err(Error::Argument(format!(
                 "frames has {} bytes; wants a multiple of {}",
                 frames.len(),
@@ -164,7 +170,10 @@ fn fits(name: &str, bytes: usize) -> Result<(), Error> {
 /// Refuses to make a store among files that are not a store's.
 fn refuse_foreign(folder: &Path) -> Result<(), Error> {
     if !shard_numbers(folder)?.is_empty() {
-        return Err(Error::Corrupt(format!("{} has shards but no catalogue.json", folder.display())));
+        return Err(Error::Corrupt(format!(
+            "{} has shards but no catalogue.json; `lewm data repair` makes it again",
+            folder.display()
+        )));
     }
     let failed = |error| Error::Io(folder.to_owned(), error);
     for entry in fs::read_dir(folder).map_err(failed)? {
@@ -181,53 +190,65 @@ fn refuse_foreign(folder: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// An episode's bytes and its record, all but the offset.
-fn encode(schema: &Schema, frames: &[u8], actions: &[f32], columns: &[&[f64]]) -> (Vec<u8>, Record) {
+/// The bytes to append to a data file of `end` bytes, `head` first, and the record of the episode in them.
+fn encode(
+    schema: &Schema,
+    frames: &[u8],
+    actions: &[f32],
+    columns: &[&[f64]],
+    head: Vec<u8>,
+    end: u64,
+) -> (Vec<u8>, Record) {
     let size = schema.frame_bytes();
-    let count = frames.len() / size;
-    let mut table = Vec::with_capacity(schema.blobs(count) * ENTRY);
-    let mut blobs = Vec::new();
-    let mut digest = Digest::new();
-    digest.update(count as u64);
+    let mut record = Record {
+        schema: schema.crc(),
+        frames: frames.len() / size,
+        offset: end + head.len() as u64,
+        length: 0,
+        digest: 0,
+        table: 0,
+        chunk: CHUNK,
+    };
+    let before = head.len();
+    let mut bytes = head;
+    let blobs_at = before + record.blobs_at(schema) as usize;
+    bytes.resize(blobs_at, 0);
+    let mut table = Vec::with_capacity(record.blobs(schema) * ENTRY);
     let mut push = |blob: &[u8]| {
         table.extend((blob.len() as u32).to_le_bytes());
         table.extend(crc32fast::hash(blob).to_le_bytes());
-        blobs.extend_from_slice(blob);
+        bytes.extend_from_slice(blob);
     };
-    let mut difference = vec![0; size];
-    let mut packed = vec![0; lz4_flex::block::get_maximum_output_size(size)];
+    let mut digest = Digest::new();
+    digest.update(record.frames as u64);
+    let mut buffers = Buffers::default();
     for chunk in frames.chunks(size * CHUNK) {
-        let key = &chunk[..size];
-        for (place, frame) in chunk.chunks_exact(size).enumerate() {
+        let mut key = codec::key(chunk, size);
+        let mut coded = Vec::new();
+        for frame in chunk.chunks_exact(size) {
             digest.blob(frame);
-            let plain = if place == 0 {
-                frame
-            } else {
-                difference.copy_from_slice(frame);
-                xor(&mut difference, key);
-                &difference
-            };
-            let length = lz4_flex::block::compress_into(plain, &mut packed).expect("the buffer is the largest size");
-            push(&packed[..length]);
+            coded.push(codec::encode(frame, Some(&key), schema.row_bytes(), &mut buffers).to_vec());
+        }
+        if coded.iter().all(|frame| frame.len() == size) {
+            key.fill(0); // Nobody needs it: black is the shortest.
+        }
+        push(codec::encode(&key, None, schema.row_bytes(), &mut buffers));
+        for frame in &coded {
+            push(frame);
         }
     }
     let arrays = std::iter::once(actions.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
         .chain(columns.iter().map(|values| values.iter().flat_map(|value| value.to_le_bytes()).collect()));
-    for bytes in arrays {
-        digest.blob(&bytes);
-        push(&bytes);
+    for array in arrays {
+        digest.blob(&array);
+        push(&array);
     }
-    let record = Record {
-        schema: schema.crc(),
-        frames: count,
-        offset: 0,
-        length: (table.len() + blobs.len()) as u64,
-        digest: digest.finish(),
-        table: crc32fast::hash(&table),
-        chunk: CHUNK,
-    };
-    table.append(&mut blobs);
-    (table, record)
+    record.length = (bytes.len() - before) as u64;
+    record.digest = digest.finish();
+    record.table = crc32fast::hash(&table);
+    let copy = record.encode();
+    bytes[before..blobs_at].copy_from_slice(&[&copy[..], &table].concat());
+    (bytes, record)
 }
 
 impl Shard {
