@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "Engine",
+    "Objective",
     "Planner",
     "Store",
     "StoreError",
@@ -75,7 +76,7 @@ class Planner:
 
     def solve(
         self,
-        cost: Callable[[NDArray], ArrayLike],
+        cost: Callable[[NDArray], ArrayLike] | Objective,
         mean: ArrayLike,
         *,
         low: ArrayLike | None = None,
@@ -87,7 +88,8 @@ class Planner:
         noise: ArrayLike | None = None,
         deadline: float | None = None,
     ) -> _Found:
-        """Plans. `cost` gets a new C-contiguous array (E, S, H, A) of the planner's dtype and returns (E, S).
+        """Plans. `cost` gets a new C-contiguous array (E, S, H, A) of the planner's dtype and returns (E, S); an
+        `Objective` is run without Python, for dtype "float32".
 
         `mean` is (E, H, A), `low` and `high` (A,), `env_ids` (E,), `kept` (E, K, H, A), `deadline` seconds, `noise`
         (iterations, E, S, H, A).
@@ -122,7 +124,7 @@ class Engine:
         """Names of the instruction sets that this processor has for a precision, the best first."""
     @property
     def precision(self) -> str:
-        """ "float32" or "bfloat16"."""
+        """Of the rollout: "float32" or "bfloat16"."""
     @property
     def cpu(self) -> str:
         """The instruction set of the rollout."""
@@ -143,8 +145,16 @@ class Engine:
         goal: NDArray[np.float32],
         candidates: NDArray[np.float32],
         past: NDArray[np.float32] | None = None,
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[np.float64]:
         """Squared distance of the last latent to `goal` (E, D), summed over D: (E, S)."""
+    def objective(
+        self, z: NDArray[np.float32], goal: NDArray[np.float32], past: NDArray[np.float32] | None = None
+    ) -> Objective:
+        """`costs` with all but the candidates given, for `Planner.solve`."""
+
+@final
+class Objective:
+    """What plans cost an engine's model; `Planner.solve` runs it without Python."""
 
 @final
 class Store:

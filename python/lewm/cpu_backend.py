@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lewm._core import Engine, noise
+from lewm._core import Engine, Objective, noise
 from lewm.config import ModelConfig
 from lewm.model_file import check_weights, write_atomically
 
@@ -78,6 +78,11 @@ class CpuBackend:
         past = None if past_actions is None else _floats(past_actions)
         return self._engine.costs(_floats(z), _floats(goal), _floats(candidates), past)
 
+    def objective(self, z: Any, goal: Any, past_actions: Any | None) -> Objective:
+        """The costs of candidates as the Rust planner calls them."""
+        past = None if past_actions is None else _floats(past_actions)
+        return self._engine.objective(_floats(z), _floats(goal), past)
+
 
 def to_numpy(value: Any) -> np.ndarray:
     """An array of an array or a tensor on any device; floats become float32."""
@@ -98,8 +103,8 @@ def agreement(exact: Engine, fast: Engine, config: ModelConfig) -> tuple[float, 
     of both. A function of the two models alone.
     """
     rows, samples, horizon = 2, 300, 5
-    latents = noise(0, np.arange(rows), 0, 0, 2, config.embed_dim).astype(np.float32)
-    blocks = noise(1, np.arange(rows), 0, 0, samples, horizon * config.block_dim).astype(np.float32)
+    latents = noise(0, np.arange(rows), 0, 0, 2, config.embed_dim)
+    blocks = noise(1, np.arange(rows), 0, 0, samples, horizon * config.block_dim)
     blocks = blocks.reshape(rows, samples, horizon, config.block_dim)
     z, goal = np.ascontiguousarray(latents[:, :1]), np.ascontiguousarray(latents[:, 1])
     ranks = [np.argsort(np.argsort(engine.costs(z, goal, blocks), axis=1), axis=1) for engine in (exact, fast)]

@@ -157,6 +157,15 @@ class Model:
             raise ValueError(f"goal must be ({np.shape(z)[0]}, {self.config.embed_dim}), got {np.shape(goal)}")
         return self._give(self._engine.costs(z, goal, candidates, past_actions), z, candidates)
 
+    def objective(self, z: np.ndarray, goal: np.ndarray, past_actions: np.ndarray | None = None) -> Any:
+        """What a planner scores candidates (E, S, H, A) with: `costs` with all but the candidates given.
+
+        On the CPU it is an object that the Rust planner drives without returning to Python.
+        """
+        if self.backend == "cpu":
+            return self._engine.objective(z, goal, past_actions)
+        return lambda candidates: self.costs(z, goal, candidates, past_actions)
+
     def normalise(self, raw: Any) -> np.ndarray:
         """Raw actions (..., n * action_dim) -> normalised blocks of the same shape, float64."""
         stats, n = self._tiled_stats(raw, "raw")

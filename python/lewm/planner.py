@@ -311,7 +311,7 @@ def plan_latents(
     low, high = (None, None) if reference else model.bounds()
 
     found = (core or core_of(planner, z.dtype)).solve(
-        lambda candidates: model.costs(z, goal, candidates, past_actions=past),
+        _objective(model, z, goal, past),
         mean,
         low=low,
         high=high,
@@ -340,6 +340,13 @@ def plan_latents(
         kept=found["kept"],
         imagined=imagined,
     )
+
+
+def _objective(model: Any, z: np.ndarray, goal: np.ndarray, past: np.ndarray | None) -> Any:
+    """What the planner scores candidates with: the model's own objective if it has one, else its `costs`."""
+    if hasattr(model, "objective"):
+        return model.objective(z, goal, past)
+    return lambda candidates: model.costs(z, goal, candidates, past_actions=past)
 
 
 def first(found: Plan) -> Plan:

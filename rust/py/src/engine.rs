@@ -108,7 +108,7 @@ impl Engine {
         goal: PyReadonlyArrayDyn<'py, f32>,
         candidates: PyReadonlyArrayDyn<'py, f32>,
         past: Option<PyReadonlyArrayDyn<'py, f32>>,
-    ) -> Result<Bound<'py, PyArrayDyn<f32>>> {
+    ) -> Result<Bound<'py, PyArrayDyn<f64>>> {
         let shape = shape_of(&z, &candidates)?;
         let (z, candidates, goal) = (slice("z", &z)?, slice("candidates", &candidates)?, slice("goal", &goal)?);
         let past = past.as_ref().map_or(Ok(&[][..]), |past| slice("past", past))?;
@@ -116,6 +116,28 @@ impl Engine {
         py.detach(|| self.engine.costs(shape, z, past, goal, candidates, &mut out))?;
         array(py, out, &[shape.envs, shape.samples])
     }
+
+    #[pyo3(signature = (z, goal, past = None))]
+    fn objective(
+        &self,
+        z: PyReadonlyArrayDyn<'_, f32>,
+        goal: PyReadonlyArrayDyn<'_, f32>,
+        past: Option<PyReadonlyArrayDyn<'_, f32>>,
+    ) -> Result<Objective> {
+        let &[envs, frames, _] = z.shape() else {
+            return Err(PyValueError::new_err(format!("z must have shape (E, T, D), got {}", tuple(z.shape()))).into());
+        };
+        let past = past.as_ref().map_or(Ok(Vec::new()), |past| slice("past", past).map(<[f32]>::to_vec))?;
+        let (z, goal) = (slice("z", &z)?.to_vec(), slice("goal", &goal)?);
+        let objective = engine::Objective::new(Arc::clone(&self.engine), envs, frames, z, past, goal)?;
+        Ok(Objective { objective: Arc::new(objective) })
+    }
+}
+
+/// What plans cost an engine's model; `Planner.solve` runs it without Python.
+#[pyclass(frozen, module = "lewm._core")]
+pub struct Objective {
+    pub objective: Arc<engine::Objective>,
 }
 
 fn shape_of(z: &PyReadonlyArrayDyn<'_, f32>, candidates: &PyReadonlyArrayDyn<'_, f32>) -> Result<Shape> {
@@ -137,7 +159,7 @@ fn slice<'a, T: Element>(name: &str, array: &'a PyReadonlyArrayDyn<'_, T>) -> Re
     array.as_slice().map_err(|_| PyValueError::new_err(format!("{name} must be C-contiguous")).into())
 }
 
-fn array<'py>(py: Python<'py>, values: Vec<f32>, shape: &[usize]) -> Result<Bound<'py, PyArrayDyn<f32>>> {
+fn array<'py, T: Element>(py: Python<'py>, values: Vec<T>, shape: &[usize]) -> Result<Bound<'py, PyArrayDyn<T>>> {
     Ok(PyArray::from_vec(py, values).reshape(shape)?)
 }
 

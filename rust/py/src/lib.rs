@@ -12,7 +12,7 @@ mod store;
 #[pymodule(gil_used = true)]
 mod _core {
     #[pymodule_export]
-    use crate::engine::Engine;
+    use crate::engine::{Engine, Objective};
     #[pymodule_export]
     use crate::error::StoreError;
     #[pymodule_export]

@@ -1,10 +1,12 @@
 //! Noise and planners for Python: arrays in, arrays out, the GIL released while Rust works.
 #![allow(clippy::doc_markdown)] // these are Python's docstrings
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use lewm_core::engine;
 use lewm_core::planner::{self as core, Cost, Icem, Interrupt, Method, Real, Task, Workspace};
+use lewm_core::pool::Pool;
 use lewm_core::rng;
 use numpy::{Element, PyArray, PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
@@ -13,6 +15,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::convert::{boolean, named, real, seconds, tuple, unsigned};
+use crate::engine::Objective;
 use crate::error::BindError;
 
 /// Philox4x32-10 words of counters (N, 4) uint32 under a key (2,) uint32.
@@ -223,7 +226,8 @@ impl Planner {
         #[pyo3(from_py_with = deadline_of)] deadline: Option<Duration>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let py = cost.py();
-        if !cost.is_callable() {
+        let objective = cost.cast::<Objective>().ok().map(|objective| Arc::clone(&objective.get().objective));
+        if objective.is_none() && !cost.is_callable() {
             return Err(PyTypeError::new_err(format!("cost must be callable, got {}", cost.get_type())));
         }
         let (mean, shape) = floats("mean", mean)?;
@@ -266,6 +270,18 @@ impl Planner {
             noise: noise.as_deref(),
             deadline,
         };
+        if let Some(objective) = objective {
+            let Memory::Single(workspace) = &self.workspace else {
+                return Err(PyValueError::new_err(
+                    "dtype must be \"float32\" with an Objective as cost, got \"float64\"",
+                ));
+            };
+            if objective.envs() != envs {
+                let text = format!("mean must have as many environments as cost, {}, got {envs}", objective.envs());
+                return Err(PyValueError::new_err(text));
+            }
+            return solve(py, &self.planner, &task, workspace, &mut EngineCost(&objective));
+        }
         let mut cost = PythonCost { callable: cost.clone().unbind(), envs, horizon, width };
         match &self.workspace {
             Memory::Single(workspace) => solve(py, &self.planner, &task, workspace, &mut cost),
@@ -298,6 +314,7 @@ where
                 )))
             }
         };
+        workspace.share(Pool::global()?);
         let mut looked = Instant::now();
         let mut interrupt = || {
             if looked.elapsed() < SIGNALS {
@@ -322,6 +339,23 @@ where
     out.set_item("clipped", array_of(py, found.clipped, &[envs])?)?;
     out.set_item("deadline_hit", found.deadline_hit)?;
     Ok(out)
+}
+
+/// An engine's model as the planner's cost.
+struct EngineCost<'a>(&'a engine::Objective);
+
+impl Cost<f32> for EngineCost<'_> {
+    type Error = BindError;
+
+    fn cost(
+        &mut self,
+        candidates: &[f32],
+        samples: usize,
+        costs: &mut [f64],
+        _: &mut Interrupt<'_, BindError>,
+    ) -> Result<(), BindError> {
+        Ok(self.0.costs(candidates, samples, costs)?)
+    }
 }
 
 /// A Python callable as the planner's cost.

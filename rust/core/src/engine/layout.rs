@@ -16,7 +16,7 @@ pub(super) const LANES: usize = 16;
 pub(super) const PAD: usize = 32;
 
 /// 64 bytes on a boundary of 64 bytes.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub [f32; LANES]);
 

@@ -32,7 +32,7 @@ use crate::pool::Pool;
 use crate::Error;
 use encoder::Encoder;
 use kernels::Kernels;
-use layout::{padded, Line, Rows, LANES};
+use layout::{Line, Rows, LANES};
 use predictor::{Predictor, Rollout};
 
 /// Architecture of a model; the fields are those of the model file.
@@ -250,19 +250,37 @@ impl Engine {
         past: &[f32],
         goal: &[f32],
         candidates: &[f32],
-        out: &mut [f32],
+        out: &mut [f64],
     ) -> Result<(), Error> {
-        let job = self.job(shape, z, past, candidates)?;
-        let width = self.config.embed_dim;
+        let goals = self.goals(shape, goal)?;
+        self.score(shape, z, past, &goals, candidates, out)
+    }
+
+    /// `goal` (E, D) as padded lines.
+    fn goals(&self, shape: Shape, goal: &[f32]) -> Result<Vec<Line>, Error> {
+        let (width, lines) = (self.config.embed_dim, layout::lines(self.config.embed_dim));
         check("goal", goal.len(), shape.envs * width)?;
-        check("out", out.len(), shape.envs * shape.samples)?;
-        let mut goals = vec![Line::ZERO; shape.envs * padded(width) / LANES];
-        let lines = padded(width) / LANES;
+        let mut goals = vec![Line::ZERO; shape.envs * lines];
         for (goal, to) in goal.chunks_exact(width).zip(goals.chunks_exact_mut(lines)) {
             for (i, &x) in goal.iter().enumerate() {
                 to[i / LANES].0[i % LANES] = x;
             }
         }
+        Ok(goals)
+    }
+
+    fn score(
+        &self,
+        shape: Shape,
+        z: &[f32],
+        past: &[f32],
+        goals: &[Line],
+        candidates: &[f32],
+        out: &mut [f64],
+    ) -> Result<(), Error> {
+        let job = self.job(shape, z, past, candidates)?;
+        check("out", out.len(), shape.envs * shape.samples)?;
+        let lines = goals.len() / shape.envs.max(1);
         let out = Parts(out.as_mut_ptr());
         self.run(shape, &job, &|first, rows, latents| {
             let out = &out;
@@ -272,7 +290,7 @@ impl Engine {
                 // SAFETY: the processor has these kernels; lines are sixteen numbers; every row is one task's.
                 unsafe {
                     let goal = std::slice::from_raw_parts(goal.as_ptr().cast::<f32>(), lines * LANES);
-                    *out.0.add(row) = (self.kernels.distance)(z, row - first, goal);
+                    *out.0.add(row) = f64::from((self.kernels.distance)(z, row - first, goal));
                 }
             }
         });
@@ -307,6 +325,59 @@ impl Engine {
             }
             self.rolling.lock().unwrap_or_else(PoisonError::into_inner).push(space);
         });
+    }
+}
+
+/// What a plan costs: where it starts, what has been done, and where it shall lead, for E environments.
+#[derive(Debug)]
+pub struct Objective {
+    engine: Arc<Engine>,
+    envs: usize,
+    frames: usize,
+    z: Vec<f32>,
+    past: Vec<f32>,
+    goals: Vec<Line>,
+}
+
+impl Objective {
+    /// Latents `z` (E, T, D) of the observed frames, normalised blocks `past` (E, T - 1, A) between them, goals (E, D).
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: lengths that do not fit.
+    pub fn new(
+        engine: Arc<Engine>,
+        envs: usize,
+        frames: usize,
+        z: Vec<f32>,
+        past: Vec<f32>,
+        goal: &[f32],
+    ) -> Result<Self, Error> {
+        let c = engine.config();
+        if envs == 0 || frames == 0 {
+            return Err(Error::Argument(format!(
+                "z must have at least 1 environment and 1 frame, got {envs} and {frames}"
+            )));
+        }
+        check("z", z.len(), envs * frames * c.embed_dim)?;
+        check("past", past.len(), envs * (frames - 1) * c.block_dim)?;
+        let goals = engine.goals(Shape { envs, frames, samples: 1, horizon: 1 }, goal)?;
+        Ok(Self { engine, envs, frames, z, past, goals })
+    }
+
+    /// Environments.
+    #[must_use]
+    pub fn envs(&self) -> usize {
+        self.envs
+    }
+
+    /// Costs (E, S) of candidates (E, S, H, A).
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: lengths that do not fit.
+    pub fn costs(&self, candidates: &[f32], samples: usize, out: &mut [f64]) -> Result<(), Error> {
+        let row = self.envs * samples * self.engine.config.block_dim;
+        let shape = Shape { envs: self.envs, frames: self.frames, samples, horizon: candidates.len() / row.max(1) };
+        self.engine.score(shape, &self.z, &self.past, &self.goals, candidates, out)
     }
 }
 
