@@ -99,6 +99,8 @@ struct Buffers {
     scratch: Vec<Line>,
     scores: Vec<f32>,
     views: Views,
+    /// Positions that the buffers have room for: the window, or the tokens where they are fewer.
+    window: usize,
 }
 
 /// A matrix for each position of a window.
@@ -245,7 +247,7 @@ impl Predictor {
 
     fn buffers(&self, k: &Kernels, shape: Shape) -> Buffers {
         let c = &self.config;
-        let (w, tiles) = (c.history, shape.tiles);
+        let (w, tiles) = (c.history.min(shape.tokens), shape.tiles);
         let local = (w * tiles).min(PART.max(w));
         let buffer = |tiles, lines| Buffer::new(tiles, k.tile, lines);
         let (d, heads) = (lines(c.predictor_dim), self.group * self.head);
@@ -268,8 +270,9 @@ impl Predictor {
             cache: [buffer(cached, heads), buffer(cached, heads)],
             hidden: buffer(local, lines(hidden) / k.group),
             scratch: vec![Line::ZERO; d * k.tile],
-            scores: vec![0.0; c.history * LANES],
+            scores: vec![0.0; w * LANES],
             views: Views::default(),
+            window: w,
         }
     }
 
@@ -354,7 +357,7 @@ impl Predictor {
         (k.convert)(raw, operand, rows, lines(width));
         run(k, operand, tn, &self.action[0], End::Silu(hidden));
         run(k, hidden, tn, &self.action[1], End::Silu(condition));
-        let slot = action % self.config.history;
+        let slot = action % b.window;
         run(k, condition, tn, &self.modulation, End::Store(b.modulation.rows().skip(slot * tn)));
     }
 
@@ -375,7 +378,8 @@ impl Predictor {
             views.clear();
             views.extend((0..=last).map(f));
         };
-        fill(slots, &|p| whole(modulation, (start + p) % c.history));
+        let window = b.window;
+        fill(slots, &|p| whole(modulation, (start + p) % window));
 
         for p in from..=last {
             let (token, to) = (whole(z, start + p), at(x, p));
@@ -414,7 +418,7 @@ impl Predictor {
             for (g, group) in groups.iter().enumerate() {
                 let kv = |i: usize, p: usize| {
                     if cached {
-                        whole(kept[i], (l * groups.len() + g) * c.history + p)
+                        whole(kept[i], (l * groups.len() + g) * window + p)
                     } else {
                         at(local[i], p)
                     }
