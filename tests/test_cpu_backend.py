@@ -146,18 +146,23 @@ def test_any_architecture_agrees_with_float64_torch(config, data):
     pictures = rng.integers(0, 256, (2, config.image_size, config.image_size, 3), dtype=np.uint8)
     network = LeWM(config).double().eval()
     network.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in weights.items()})
-    assert list(network.state_dict()) == list(tensor_shapes(config)) or set(weights) == set(network.state_dict())
 
-    with torch.no_grad():
-        latents = network.encode(torch.from_numpy(pictures)).numpy()
-        flat = [torch.from_numpy(np.repeat(a.astype(np.float64), samples, 0)) for a in (z, past)]
-        blocks = torch.from_numpy(candidates.astype(np.float64)).flatten(0, 1)
-        rollout = network.rollout(flat[0], blocks, flat[1]).numpy().reshape(envs, samples, frames + horizon, -1)
+    def answers(dtype):
+        network.to(dtype)
+        with torch.no_grad():
+            latents = network.encode(torch.from_numpy(pictures))
+            flat = [torch.from_numpy(np.repeat(a, samples, 0)).to(dtype) for a in (z, past)]
+            rollout = network.rollout(flat[0], torch.from_numpy(candidates).to(dtype).flatten(0, 1), flat[1])
+        return latents.numpy(), rollout.numpy().reshape(envs, samples, frames + horizon, -1)
+
+    # A norm over two or three numbers can blow rounding up: PyTorch's own float32 tells by how much.
+    latents, rollout = answers(torch.float64)
+    slack = [10 * np.abs(a - b).max() for a, b in zip(answers(torch.float32), (latents, rollout), strict=True)]
     for cpu in Engine.instruction_sets("float32"):
         made = engine(config, weights, cpu=cpu, threads=1)
-        np.testing.assert_allclose(made.encode(pictures), latents, atol=1e-4 * max(1, np.abs(latents).max()))
+        np.testing.assert_allclose(made.encode(pictures), latents, rtol=1e-4, atol=1e-4 + slack[0])
         got = made.rollout(z, candidates, past)
-        np.testing.assert_allclose(got, rollout, atol=1e-4 * max(1, np.abs(rollout).max()))
+        np.testing.assert_allclose(got, rollout, rtol=1e-4, atol=1e-4 + slack[1])
         goal = np.ascontiguousarray(got[:, 0, -1])
         np.testing.assert_allclose(made.costs(z, goal, candidates, past)[:, 0], 0, atol=1e-9)
 

@@ -13,6 +13,7 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
@@ -140,6 +141,54 @@ sys.path.append(sys.argv[1])  # last, so that only what is missing here comes fr
 for name in sys.argv[2:]:
     print(importlib.import_module(name).__file__)
 """
+
+
+PLAN_WITHOUT_TORCH = """
+import sys
+import numpy as np
+import lewm
+from lewm.envs.two_room import frame
+
+for path in sys.argv[1:]:
+    model = lewm.load(path)
+    assert model.backend == "cpu"
+    obs, goal = (frame(point, size=model.config.image_size) for point in ([60, 60], [150, 90]))
+    planner = lewm.CEM(samples=20, iterations=2, elites=4, horizon=2)
+    low, high = model.stats["low"], model.stats["high"]
+    for kind in (planner, lewm.ICEM(samples=20, iterations=2, elites=4, horizon=2), None):
+        if kind is None and model.config.image_size > 100:
+            continue  # a plan of the paper's size takes seconds
+        plan = lewm.plan(obs, goal, model=model, planner=kind)
+        assert plan.backend == "cpu" and (low <= plan.actions).all() and (plan.actions <= high).all()
+    controller = lewm.Controller(model, goal, planner=planner, execute=1)
+    actions = [controller(obs) for _ in range(2 * model.config.action_block)]
+    assert np.isfinite(actions).all()
+    np.testing.assert_allclose(model.encode(obs), np.load(path + ".npy"), atol=1e-4)
+assert "torch" not in sys.modules and "triton" not in sys.modules
+print("planned", len(sys.argv) - 1)
+"""
+
+
+@pytest.mark.slow
+def test_planning_without_torch(clean_environment, tmp_path):
+    """`pip install lewm-fast` alone plans from the model file; the answers are those of PyTorch here."""
+    torch = pytest.importorskip("torch")
+    import lewm
+    from lewm.config import configure
+    from lewm.envs.two_room import frame
+    from lewm.network import LeWM
+
+    stats = {"mean": [0.0, 0.1], "std": [0.5, 0.6], "low": [-1, -1], "high": [1, 1]}
+    for preset in ("tiny", "small", "paper"):
+        torch.manual_seed(0)
+        config, _ = configure(preset, 2, {})
+        network = LeWM(config)
+        meta = {"preset": preset, "planner": {"samples": 30, "iterations": 3, "elites": 5, "horizon": 3}}
+        model = lewm.Model(config, network.state_dict(), stats=stats, meta=meta, backend="torch")
+        model.save(tmp_path / f"{preset}.safetensors")
+        np.save(tmp_path / f"{preset}.safetensors.npy", model.encode(frame([60, 60], size=config.image_size)))
+    files = sorted(map(str, tmp_path.glob("*.safetensors")))
+    assert run(clean_environment, "-c", PLAN_WITHOUT_TORCH, *files, cwd=tmp_path).stdout.strip() == "planned 3"
 
 
 @pytest.mark.slow

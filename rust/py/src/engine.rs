@@ -1,5 +1,8 @@
 //! `Engine`: the CPU inference engine for Python.
 
+// pyo3 hands arguments over by value.
+#![allow(clippy::needless_pass_by_value)]
+
 use std::sync::Arc;
 
 use lewm_core::engine::{self, Config, Precision, Shape, Tensor, Tensors};
