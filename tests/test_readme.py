@@ -30,6 +30,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lewm.model._current", None)
     monkeypatch.setitem(PRESETS["tiny"].train, "steps", 12)
     for name, protocol in evaluation.PROTOCOLS.items():
         monkeypatch.setitem(evaluation.PROTOCOLS, name, dataclasses.replace(protocol, pairs=4))
@@ -48,7 +49,7 @@ def test_python_blocks(capsys):
     printed = capsys.readouterr().out
     assert "random" in printed
     assert "raw bounds [-1, 1]" in printed
-    assert "(39, 2)" in printed
+    assert "torch.Size([4, 4, 64, 64, 3]) torch.Size([4, 3, 10])" in printed
     assert abs(scope["plan"].actions).max() <= 1
     assert scope["plan"].action.shape == (2,)
 
