@@ -4,7 +4,7 @@
 
 Everything that is compared runs in turn within one run, on two threads. `--peer` is a Python that has
 stable-worldmodel; without one the peer's rows are left out. `--tiny` is a trained model of that preset, by default the
-one of `make demo`; without one its weights are made by rule. `--quick` shrinks everything to a check that the script runs.
+one of `make demo`; without one its weights are made by rule. `--quick` shrinks everything to a check that it runs.
 """
 
 from __future__ import annotations
