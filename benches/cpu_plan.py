@@ -124,6 +124,7 @@ class Rows:
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
             "device": cpu(),
             "threads": THREADS,
+            "load_at_start": round(os.getloadavg()[0], 2),
             "python": platform.python_version(),
             "numpy": np.__version__,
             "lewm": lewm.__version__,
@@ -196,10 +197,10 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def in_turn(cases: dict[Any, tuple[Callable[[], float], int]]) -> dict[Any, list[float]]:
-    """Times of every case, one after the other, again and again: a machine that drifts drifts for all.
+    """What every case gives, one after the other, again and again: a machine that drifts drifts for all.
 
     Args:
-        cases: For each a function that gives the seconds of one call, and how often it is called.
+        cases: For each a function that gives the seconds of one call (or a rate), and how often it is called.
     """
     times: dict[Any, list[float]] = {name: [] for name in cases}
     for turn in range(max(count for _, count in cases.values())):
@@ -249,15 +250,10 @@ def measure(
     loop = lambda: core.solve(lambda blocks: free[blocks.shape[1]], start, low=low, high=high)  # noqa: E731
     cases["loop"] = (lambda: timed(loop), rounds[0])
 
-    peaks = dict.fromkeys(models, 0.0)
-
-    def peak(name, model):
-        peaks[name] = max(peaks[name], model._engine.engine.peak())
-        return 0.0
-
-    for name, model in models.items():  # measured between the plans, for a clock that drifts
-        cases["peak", name] = (lambda name=name, model=model: peak(name, model), rounds[0])
+    for name, model in models.items():  # between the plans, for a clock that drifts
+        cases["peak", name] = (model._engine.engine.peak, rounds[0])
     times = in_turn(cases)
+    peaks = {name: max(times["peak", name]) for name in models}
     median = {name: statistics.median(values) for name, values in times.items()}
     flop = plan_flop(models["float32"].config, planner)
     for precision, model in models.items():
