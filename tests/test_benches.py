@@ -1,5 +1,6 @@
-"""The bench that nobody can run here but whoever has a GPU: on a CPU it must at least run."""
+"""Benches that are run by hand must at least run, and count what they say they count."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,16 +8,63 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
+import lewm
+from lewm.config import PRESETS, configure
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from benches import cpu_plan
+
+
+def rows_of(tmp_path, bench, *arguments):
+    """The rows that `python -m benches.{bench} --quick` writes, and what it prints."""
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", f"benches.{bench}", "--quick", "--out", str(out), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()], done
+
+
+def test_the_cpu_bench_runs_without_the_peer(tmp_path):
+    python = tmp_path / "python"  # one that runs the peer's script without stable-worldmodel, whatever this one has
+    python.write_text(
+        f"#!{sys.executable}\nimport runpy, sys\nsys.modules['stable_worldmodel'] = None\ndel sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    python.chmod(0o755)
+    rows, done = rows_of(tmp_path, "cpu_plan", "--peer", str(python), "--tiny", str(tmp_path / "none"))
+    assert "pip install stable-worldmodel" in done.stderr
+    plans = [row for row in rows if row["name"].startswith("plan ")]
+    kinds = {(row["name"].split()[1], row["precision"], row["environments"]) for row in plans}
+    assert kinds == {(p, q, e) for p in ("paper", "tiny") for q in cpu_plan.precisions() for e in (1, 2)}
+    for row in plans:
+        assert row["threads"] == 2
+        assert row["device"]
+        assert 0 < row["share_of_peak"] < 1
+        assert row["share_of_peak"] == pytest.approx(row["tflop_per_s"] / row["peak_tflop_per_s"], rel=1e-3)
+        assert 0 < row["loop_share_at_most"] < 1
+        assert f"{row['seconds_per_plan']:.4g}" in done.stdout
+    agreements = [row for row in rows if row["name"].startswith("agreement ")]
+    assert len(agreements) == 2 * (len(cpu_plan.precisions()) - 1)
+    assert all(row["weights"] == "rule" and row["spearman"] > 0.9 for row in agreements)
+
+
+def test_the_work_of_a_plan_is_counted_as_published():
+    paper, _ = configure("paper", 2, {})
+    assert cpu_plan.plan_flop(paper, lewm.CEM()) == pytest.approx(1.659e12, rel=1e-3)
+    # By hand, of one candidate: a window of one token has no earlier ones to look at.
+    tiny, _ = configure("tiny", 2, {})
+    planner = lewm.CEM(**PRESETS["tiny"].planner)
+    macs = 5 * (2 * (4 * 96 * 128 + 2 * 96 * 384 + 6 * 96 * 96 + 2 * 128) + 2 * 32 * 256)
+    macs += 5 * (2 * 32 * 96 + 96 * 32 + 10 * 10 + 10 * 128 + 128 * 32)
+    more = dataclasses.replace(planner, samples=101)
+    per_candidate = (cpu_plan.plan_flop(tiny, more) - cpu_plan.plan_flop(tiny, planner)) / planner.iterations
+    assert per_candidate == pytest.approx(2 * macs)
 
 
 def test_the_gpu_bench_runs_on_a_cpu_when_asked_for_a_check(tmp_path):
-    out = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "benches.gpu", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    pytest.importorskip("torch")
+    rows, _ = rows_of(tmp_path, "gpu")
     assert {row["name"].split(",")[0].split(" ")[0] for row in rows} == {"sigreg", "plan", "training"}
     assert all(row["p50_ms"] > 0 and row["torch"] for row in rows)
     errors = [row["gradient_error"] for row in rows if "gradient_error" in row]

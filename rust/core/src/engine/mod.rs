@@ -10,6 +10,8 @@
 #![allow(clippy::inline_always)] // a kernel compiled by itself would be compiled without its instruction set
 #![allow(clippy::needless_range_loop)] // an index that is known when this is compiled keeps a sum in its register
 
+#[doc(hidden)]
+pub mod bench;
 mod encoder;
 mod gemm;
 mod kernels;
