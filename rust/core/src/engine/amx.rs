@@ -405,6 +405,3 @@ mod emulated {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -19,6 +19,8 @@ mod layout;
 mod predictor;
 mod rows;
 mod simd;
+#[cfg(test)]
+mod tests;
 mod weights;
 
 use std::fmt;

@@ -1,15 +1,18 @@
-//! The tables on tiles against float64, against the other tables, and, where there is AMX, the processor against the
-//! emulation.
+//! Every table that can run here against float64 and against the others; AMX against what its manual says, in the emulation
+//! everywhere and, where there is AMX, in the processor.
 
 use std::sync::Arc;
 
-use super::super::gemm::{End, Gate, Product, Start};
-use super::super::kernels::{Kernels, Precision, ALL, AMX_EMULATED, PORTABLE};
-use super::super::layout::{lines, padded, Buffer, Line, Rows, LANES};
-use super::super::weights::{bfloat16, Groups, Linear, Packed};
-use super::super::{Config, Engine, Shape, Tensor, Tensors};
-use super::{Emulated, Tiles, ROWS};
+use super::amx::{Emulated, Tiles};
+use super::gemm::{End, Gate, Product, Start};
+use super::kernels::{Kernels, Precision, ALL, AMX_EMULATED, PORTABLE};
+use super::layout::{lines, padded, Buffer, Line, Rows, LANES};
+use super::weights::{bfloat16, Groups, Linear, Packed};
+use super::{Config, Engine, Shape, Tensor, Tensors};
 use crate::pool::Pool;
+
+/// Rows of a tile register.
+const ROWS: usize = 16;
 
 /// Numbers between -1 and 1.
 struct Random(u64);
@@ -31,9 +34,9 @@ fn rounded(x: f32) -> f32 {
     f32::from_bits(u32::from(bfloat16(x)) << 16)
 }
 
-/// The tables on tiles that can run here, the processor's own with them.
-fn on_tiles() -> impl Iterator<Item = &'static Kernels> {
-    ALL.iter().copied().filter(|k| k.tile == ROWS && (k.here)())
+/// The tables that can run here.
+fn tables() -> impl Iterator<Item = &'static Kernels> {
+    ALL.iter().copied().filter(|k| (k.here)())
 }
 
 /// A tile whose word (row, column) is `f(row, column)`.
@@ -115,7 +118,7 @@ fn the_emulation_follows_the_manual() {
 #[test]
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn the_processor_agrees_with_the_emulation() {
-    use super::{here, Registers};
+    use super::amx::{here, Registers};
     let listed = Engine::instruction_sets(Precision::Bfloat16).contains(&"amx");
     if !here() {
         assert!(!listed);
@@ -259,12 +262,12 @@ const SHAPES: [[usize; 3]; 8] =
     [[1, 1, 1], [16, 32, 32], [17, 33, 31], [33, 7, 70], [50, 192, 100], [80, 64, 32], [65, 96, 130], [7, 500, 64]];
 
 #[test]
-fn products_on_tiles_are_those_of_float64_and_float32() {
+fn products_are_those_of_float64() {
     let mut random = Random(1);
     for ([rows, inputs, outputs], rest) in SHAPES.into_iter().zip([false, true].into_iter().cycle()) {
         let case = Case::new(&mut random, rows, inputs, outputs, rest);
         let exact = case.exact();
-        for k in on_tiles() {
+        for k in tables() {
             let what = |ending| format!("{} {:?} {ending:?}", k.name, [rows, inputs, outputs]);
             for (got, want) in case.run(k, Ending::Store).iter().zip(&exact) {
                 assert!((f64::from(*got) - want).abs() < 3e-6, "{}: {got} {want}", what(Ending::Store));
@@ -278,8 +281,9 @@ fn products_on_tiles_are_those_of_float64_and_float32() {
             }
             for ending in [Ending::Gelu, Ending::Silu] {
                 for (got, want) in case.run(k, ending).into_iter().zip(case.run(&PORTABLE, ending)) {
-                    // Rounded to bfloat16, and GELU to 2.6e-5.
-                    assert!((got - want).abs() <= want.abs() / 256.0 + 3e-5, "{}: {got} {want}", what(ending));
+                    // In bfloat16 the result is rounded, and GELU is good to 2.6e-5.
+                    let (share, rest) = if k.group == 1 { (0.0, 5e-6) } else { (1.0 / 256.0, 3e-5) };
+                    assert!((got - want).abs() <= want.abs() * share + rest, "{}: {got} {want}", what(ending));
                 }
             }
         }
@@ -289,13 +293,11 @@ fn products_on_tiles_are_those_of_float64_and_float32() {
 /// The tile instructions are the same in all of them, and `vdpbf16ps` sums the same products in another order.
 #[test]
 fn products_agree_among_the_tables_of_bfloat16() {
-    let others: Vec<&Kernels> =
-        ALL.iter().copied().filter(|k| k.precision == Precision::Bfloat16 && (k.here)()).collect();
     let mut random = Random(2);
     for [rows, inputs, outputs] in SHAPES {
         let case = Case::new(&mut random, rows, inputs, outputs, false);
         let want = case.run(&AMX_EMULATED, Ending::Store);
-        for k in &others {
+        for k in tables().filter(|k| k.precision == Precision::Bfloat16) {
             let got = case.run(k, Ending::Store);
             if k.tile == ROWS {
                 assert!(got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits()), "{}", k.name);
@@ -455,17 +457,18 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 }
 
 #[test]
-fn imagines_what_float32_does_within_rounding() {
+fn all_imagine_the_same_within_rounding() {
     for (i, [frames, horizon]) in WINDOWS.into_iter().enumerate() {
         let config = if i % 2 == 0 { config(40, 64) } else { config(50, 50) };
         let world = World::new(config, Shape { envs: 2, frames, samples: 19, horizon });
         let want = world.latents(&PORTABLE);
         let costs = world.costs(&world.engine(&PORTABLE, 1));
-        for k in ALL.iter().filter(|k| k.precision == Precision::Bfloat16 && (k.here)()) {
+        for k in tables() {
+            let most = if k.precision == Precision::Float32 { 3e-6 } else { 0.01 };
             let far = distance(&world.latents(k), &want);
-            assert!(far < 0.01 && far > 1e-5, "{}: {far}", k.name);
+            assert!(far < most, "{} {:?}: {far}", k.name, k.precision);
             let far = distance(&world.costs(&world.engine(k, 1)), &costs);
-            assert!(far < 0.01, "{}: {far}", k.name);
+            assert!(far < most, "{} {:?}: {far}", k.name, k.precision);
         }
     }
 }
@@ -474,7 +477,7 @@ fn imagines_what_float32_does_within_rounding() {
 fn costs_depend_neither_on_threads_nor_on_neighbours() {
     for [frames, horizon] in WINDOWS {
         let world = World::new(config(40, 64), Shape { envs: 3, frames, samples: 37, horizon });
-        for k in on_tiles() {
+        for k in tables() {
             let want = world.costs(&world.engine(k, 1));
             assert!(want.iter().all(|cost| cost.is_finite() && *cost > 0.0));
             for threads in [2, 4] {
