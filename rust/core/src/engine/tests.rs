@@ -1,6 +1,8 @@
 //! Every table that can run here against float64 and against the others; AMX against what its manual says, in the emulation
 //! everywhere and, where there is AMX, in the processor.
 
+#![allow(clippy::float_cmp)] // what is compared exactly is meant to be
+
 use std::sync::Arc;
 
 use super::amx::{Emulated, Tiles};
