@@ -5,6 +5,7 @@
 //! computed in: a row's result does not depend on the rows beside it, nor on where it stands.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::layout::{Line, Rows, LANES};
 use super::simd::{gelu_coarse, gelu_exact, silu, Simd};
@@ -81,6 +82,45 @@ mod pairs {
     }
 }
 
+/// How a table multiplies matrices.
+///
+/// # Safety
+/// As [`Simd`]; [`Multiply::product`] between [`Multiply::enter`] and [`Multiply::leave`] on the same thread.
+pub(super) trait Multiply {
+    /// What the rows between two products are computed with.
+    type Dot: Dot;
+    /// Rows in a tile.
+    const ROWS: usize;
+    /// Floating-point operations of a round of [`Multiply::peak`].
+    const FLOPS: usize;
+
+    unsafe fn product(p: &Product, start: &Start, end: &End);
+    /// The sums of the inner loop without its loads: what the processor can do at most. Returns something of them all.
+    unsafe fn peak(rounds: usize, x: f32) -> f32;
+    /// Takes what the products of this thread need.
+    unsafe fn enter() {}
+    /// Gives it back.
+    unsafe fn leave() {}
+}
+
+/// Products of vectors, in tiles of `T` row tiles of `R` rows, times `N` panels.
+pub(super) struct Vectors<D, const R: usize, const T: usize, const N: usize>(std::marker::PhantomData<D>);
+
+impl<D: Dot, const R: usize, const T: usize, const N: usize> Multiply for Vectors<D, R, T, N> {
+    type Dot = D;
+    const ROWS: usize = R;
+    const FLOPS: usize = R * T * N * LANES * D::GROUP * 2;
+
+    #[inline(always)]
+    unsafe fn product(p: &Product, start: &Start, end: &End) {
+        product::<D, R, T, N>(p, start, end);
+    }
+    #[inline(always)]
+    unsafe fn peak(rounds: usize, x: f32) -> f32 {
+        peak::<D, R, T, N>(rounds, x)
+    }
+}
+
 /// One matrix product: the first `units` lines of each row of `tiles` tiles of `a`, with `panels` panels of `w`.
 #[derive(Clone, Copy)]
 pub(super) struct Product {
@@ -126,32 +166,37 @@ pub(super) enum End {
 
 /// Where a tile of sums comes from or goes to: distances, in numbers, from one row tile, row and panel to the next.
 #[derive(Clone, Copy)]
-struct Place {
+pub(super) struct Place {
     data: *mut f32,
     tile: usize,
-    row: usize,
+    pub row: usize,
     panel: usize,
 }
 
 impl Place {
-    unsafe fn of<const R: usize>(rows: Rows, tile: usize, panel: usize) -> Self {
+    #[inline(always)]
+    pub unsafe fn of<const R: usize>(rows: Rows, tile: usize, panel: usize) -> Self {
         let data = rows.in_tile::<R>(tile, 0, panel);
         Self { data, tile: rows.lines * R * LANES, row: LANES, panel: R * LANES }
     }
 
+    /// Where the sums of a block begin.
     #[inline(always)]
-    unsafe fn at(self, tile: usize, row: usize, panel: usize) -> *mut f32 {
+    pub unsafe fn start<const R: usize>(start: &Start, tile: usize, panel: usize) -> Self {
+        match *start {
+            Start::Bias(bias) => Self { data: bias.add(panel * LANES).cast_mut(), tile: 0, row: 0, panel: LANES },
+            Start::Rest(rest) => Self::of::<R>(rest, tile, panel),
+        }
+    }
+
+    #[inline(always)]
+    pub unsafe fn at(self, tile: usize, row: usize, panel: usize) -> *mut f32 {
         self.data.add(tile * self.tile + row * self.row + panel * self.panel)
     }
 }
 
-/// Runs a product in tiles of `T` row tiles of `R` rows, times `N` panels.
 #[inline(always)]
-pub(super) unsafe fn product<D: Dot, const R: usize, const T: usize, const N: usize>(
-    p: &Product,
-    start: &Start,
-    end: &End,
-) {
+unsafe fn product<D: Dot, const R: usize, const T: usize, const N: usize>(p: &Product, start: &Start, end: &End) {
     // While a panel is used, the lines behind it are fetched, a few before each tile: weights come from beyond level 2.
     let ahead = (N * p.stride).div_ceil(p.tiles.div_ceil(T));
     let mut panel = 0;
@@ -189,10 +234,7 @@ unsafe fn block<D: Dot, const R: usize, const T: usize, const N: usize>(
 ) {
     let mut scratch = [const { MaybeUninit::<Line>::uninit() }; MOST];
     let sums = Rows { data: scratch.as_mut_ptr().cast(), tile: R, lines: N };
-    let from = match *start {
-        Start::Bias(bias) => Place { data: bias.add(panel * LANES).cast_mut(), tile: 0, row: 0, panel: LANES },
-        Start::Rest(rest) => Place::of::<R>(rest, tile, panel),
-    };
+    let from = Place::start::<R>(start, tile, panel);
     let to = match *end {
         End::Store(c) => Place::of::<R>(c, tile, panel),
         _ => Place::of::<R>(sums, 0, 0),
@@ -200,13 +242,24 @@ unsafe fn block<D: Dot, const R: usize, const T: usize, const N: usize>(
     let a = p.a.data.add(tile * p.a.lines * R).cast();
     accumulate::<D, R, T, N>(a, p.a.lines * R * LANES, w.cast(), p.stride * LANES, p.units, from, to);
     for t in 0..T {
-        let sums = sums.skip(t);
-        match *end {
-            End::Store(_) => {}
-            End::Gelu(c) => operand::<D, R, N, GELU>(sums, tile + t, panel, c),
-            End::Silu(c) => operand::<D, R, N, SILU>(sums, tile + t, panel, c),
-            End::Residual(x, gate) => residual::<D, R, N>(sums, tile + t, panel, x, gate),
-        }
+        finish::<D, R, N>(end, sums.skip(t), tile + t, panel, 0..R);
+    }
+}
+
+/// What becomes of the rows `rows` of a tile of sums.
+#[inline(always)]
+pub(super) unsafe fn finish<D: Dot, const R: usize, const N: usize>(
+    end: &End,
+    sums: Rows,
+    tile: usize,
+    panel: usize,
+    rows: Range<usize>,
+) {
+    match *end {
+        End::Store(_) => {}
+        End::Gelu(c) => operand::<D, R, N, GELU>(sums, tile, panel, rows, c),
+        End::Silu(c) => operand::<D, R, N, SILU>(sums, tile, panel, rows, c),
+        End::Residual(x, gate) => residual::<D, R, N>(sums, tile, panel, rows, x, gate),
     }
 }
 
@@ -261,6 +314,7 @@ unsafe fn residual<D: Dot, const R: usize, const N: usize>(
     sums: Rows,
     tile: usize,
     panel: usize,
+    rows: Range<usize>,
     x: Rows,
     gate: Option<Gate>,
 ) {
@@ -270,7 +324,7 @@ unsafe fn residual<D: Dot, const R: usize, const N: usize>(
         None => (x, tile),
     };
     for n in 0..N {
-        for r in 0..R {
+        for r in rows.clone() {
             let to = x.in_tile::<R>(tile, r, panel + n);
             let (sum, old) = (D::S::load(sums.in_tile::<R>(0, r, n)), D::S::load(to));
             let new = if gate.is_some() {
@@ -297,10 +351,16 @@ unsafe fn activation<D: Dot, const F: u8>(x: <D::S as Simd>::V) -> <D::S as Simd
 }
 
 #[inline(always)]
-unsafe fn operand<D: Dot, const R: usize, const N: usize, const F: u8>(sums: Rows, tile: usize, panel: usize, c: Rows) {
+unsafe fn operand<D: Dot, const R: usize, const N: usize, const F: u8>(
+    sums: Rows,
+    tile: usize,
+    panel: usize,
+    rows: Range<usize>,
+    c: Rows,
+) {
     let mut n = 0;
     while n < N {
-        for r in 0..R {
+        for r in rows.clone() {
             let first = activation::<D, F>(D::S::load(sums.in_tile::<R>(0, r, n)));
             let second = match D::GROUP {
                 1 => first,
@@ -312,9 +372,8 @@ unsafe fn operand<D: Dot, const R: usize, const N: usize, const F: u8>(sums: Row
     }
 }
 
-/// Sums of the inner loop of [`product`] without its loads: what the processor can do at most. Returns something of them all.
 #[inline(always)]
-pub(super) unsafe fn peak<D: Dot, const R: usize, const T: usize, const N: usize>(rounds: usize, x: f32) -> f32 {
+unsafe fn peak<D: Dot, const R: usize, const T: usize, const N: usize>(rounds: usize, x: f32) -> f32 {
     let mut sums = [[[D::S::splat(0.0); N]; R]; T];
     let mut start = x;
     for row in sums.as_flattened_mut() {

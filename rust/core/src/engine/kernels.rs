@@ -1,6 +1,8 @@
 //! The kernels of every instruction set and precision, as tables of functions chosen at run time.
 
-use super::gemm::{self, End, Product, Single, Start};
+#[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
+use super::amx;
+use super::gemm::{Dot, End, Multiply, Product, Single, Start, Vectors};
 use super::layout::Rows;
 use super::rows::{self, Attend, Modulate, Norm};
 use super::simd::Portable;
@@ -48,6 +50,9 @@ pub(super) struct Kernels {
     pub distance: unsafe fn(Rows, usize, &[f32]) -> f32,
     /// Rounds of as many multiply-adds as `flops / 2`, from registers alone.
     pub peak: unsafe fn(usize, f32) -> f32,
+    /// Called on a thread before its first product, and after its last one.
+    pub enter: unsafe fn(),
+    pub leave: unsafe fn(),
     /// Floating-point operations of such a round.
     pub flops: usize,
     /// Whether this processor has it.
@@ -55,46 +60,54 @@ pub(super) struct Kernels {
 }
 
 macro_rules! kernels {
-    ($table:ident, $name:literal, $precision:ident, $dot:ty, rows $r:literal, tiles $t:literal, panels $n:literal
-     $(, features $features:literal)?, here $here:expr) => {
+    ($table:ident, $name:literal, $precision:ident, $multiply:ty $(, features $features:literal)?, here $here:expr) => {
         pub(super) static $table: Kernels = {
+            type M = $multiply;
+            type D = <M as Multiply>::Dot;
+            const R: usize = <M as Multiply>::ROWS;
             $(#[target_feature(enable = $features)])?
             unsafe fn product(p: &Product, start: &Start, end: &End) {
-                gemm::product::<$dot, $r, $t, $n>(p, start, end);
+                M::product(p, start, end);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn modulate(m: &Modulate, scratch: *mut f32) {
-                rows::modulate::<$dot, $r>(m, scratch);
+                rows::modulate::<D, R>(m, scratch);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn norm(m: &Norm) {
-                rows::norm::<$dot, $r>(m);
+                rows::norm::<D, R>(m);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn convert(x: Rows, out: Rows, rows: usize, lines: usize) {
-                rows::convert::<$dot>(x, out, rows, lines);
+                rows::convert::<D>(x, out, rows, lines);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend(m: &Attend<'_>, scores: &mut [f32]) {
-                rows::attend::<$dot, $r>(m, scores);
+                rows::attend::<D, R>(m, scores);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn softmax(scores: &mut [f32], count: usize) {
-                rows::softmax::<<$dot as gemm::Dot>::S>(scores, count);
+                rows::softmax::<<D as Dot>::S>(scores, count);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn distance(z: Rows, row: usize, goal: &[f32]) -> f32 {
-                rows::distance::<<$dot as gemm::Dot>::S>(z, row, goal)
+                rows::distance::<<D as Dot>::S>(z, row, goal)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn peak(rounds: usize, x: f32) -> f32 {
-                gemm::peak::<$dot, $r, $t, $n>(rounds, x)
+                M::peak(rounds, x)
+            }
+            unsafe fn enter() {
+                M::enter();
+            }
+            unsafe fn leave() {
+                M::leave();
             }
             Kernels {
                 name: $name,
                 precision: Precision::$precision,
-                tile: $r,
-                group: <$dot as gemm::Dot>::GROUP,
+                tile: R,
+                group: <D as Dot>::GROUP,
                 product,
                 modulate,
                 norm,
@@ -103,30 +116,47 @@ macro_rules! kernels {
                 softmax,
                 distance,
                 peak,
-                flops: $r * $t * $n * super::layout::LANES * <$dot as gemm::Dot>::GROUP * 2,
+                enter,
+                leave,
+                flops: M::FLOPS,
                 here: $here,
             }
         };
     };
 }
 
-kernels!(PORTABLE, "portable", Float32, Single<Portable>, rows 6, tiles 1, panels 1, here || true);
+kernels!(PORTABLE, "portable", Float32, Vectors<Single<Portable>, 6, 1, 1>, here || true);
 
 #[cfg(target_arch = "x86_64")]
-kernels!(AVX2, "avx2", Float32, Single<Avx2>, rows 6, tiles 1, panels 1, features "avx2,fma",
+kernels!(AVX2, "avx2", Float32, Vectors<Single<Avx2>, 6, 1, 1>, features "avx2,fma",
     here || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
 
 #[cfg(target_arch = "x86_64")]
-kernels!(AVX512, "avx512", Float32, Single<Avx512>, rows 6, tiles 2, panels 2,
+kernels!(AVX512, "avx512", Float32, Vectors<Single<Avx512>, 6, 2, 2>,
     features "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", here avx512);
 
 #[cfg(target_arch = "x86_64")]
-kernels!(AVX512_BF16, "avx512", Bfloat16, Pairs, rows 6, tiles 2, panels 2,
+kernels!(AVX512_BF16, "avx512", Bfloat16, Vectors<Pairs, 6, 2, 2>,
+    features "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
+    here || avx512() && is_x86_feature_detected!("avx512bf16"));
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+kernels!(AMX, "amx", Bfloat16, amx::Tiled<amx::Registers, Pairs>,
+    features "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
+    here || avx512() && is_x86_feature_detected!("avx512bf16") && amx::here());
+
+// AMX for machines without it: its instructions in plain Rust.
+#[cfg(test)]
+kernels!(AMX_EMULATED, "amx-emulated", Bfloat16, amx::Tiled<amx::Emulated, amx::Halves>, here || true);
+
+// AMX with all but the tile instructions as they are.
+#[cfg(all(test, target_arch = "x86_64"))]
+kernels!(AMX_AVX512, "amx-avx512", Bfloat16, amx::Tiled<amx::Emulated, Pairs>,
     features "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
     here || avx512() && is_x86_feature_detected!("avx512bf16"));
 
 #[cfg(target_arch = "aarch64")]
-kernels!(NEON, "neon", Float32, Single<super::simd::Neon>, rows 6, tiles 1, panels 1, here || true);
+kernels!(NEON, "neon", Float32, Vectors<Single<super::simd::Neon>, 6, 1, 1>, here || true);
 
 #[cfg(target_arch = "x86_64")]
 fn avx512() -> bool {
@@ -141,6 +171,8 @@ fn avx512() -> bool {
 pub(super) static ALL: &[&Kernels] = &[
     #[cfg(target_arch = "x86_64")]
     &AVX512,
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    &AMX,
     #[cfg(target_arch = "x86_64")]
     &AVX512_BF16,
     #[cfg(target_arch = "x86_64")]
@@ -148,4 +180,8 @@ pub(super) static ALL: &[&Kernels] = &[
     #[cfg(target_arch = "aarch64")]
     &NEON,
     &PORTABLE,
+    #[cfg(all(test, target_arch = "x86_64"))]
+    &AMX_AVX512,
+    #[cfg(test)]
+    &AMX_EMULATED,
 ];

@@ -2,7 +2,7 @@
 //!
 //! * `layout`: how matrices lie in memory; the same for every instruction set.
 //! * `simd`: the instructions; `gemm` and `rows`: matrix products with fused ends and what happens between them, written once
-//!   over the instructions; `kernels`: both compiled for every instruction set, chosen at run time.
+//!   over the instructions; `amx`: products on tiles; `kernels`: all compiled for every instruction set, chosen at run time.
 //! * `weights`: named tensors to folded and packed matrices; [`encoder`](Engine::encode) and [`rollout`](Engine::rollout).
 //!
 //! A candidate's numbers do not depend on the candidates beside it, nor on the number of threads: bit for bit.
@@ -10,6 +10,8 @@
 #![allow(clippy::inline_always)] // a kernel compiled by itself would be compiled without its instruction set
 #![allow(clippy::needless_range_loop)] // an index that is known when this is compiled keeps a sum in its register
 
+#[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
+mod amx;
 #[doc(hidden)]
 pub mod bench;
 mod encoder;
@@ -19,6 +21,8 @@ mod layout;
 mod predictor;
 mod rows;
 mod simd;
+#[cfg(test)]
+mod table_tests;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -99,7 +103,7 @@ impl Engine {
         cpu: Option<&str>,
         pool: Arc<Pool>,
     ) -> Result<Self, Error> {
-        let find = |precision: Precision| {
+        let find = |precision: Precision, cpu: Option<&str>| {
             let mut fitting = kernels::ALL.iter().filter(|k| k.precision == precision && (k.here)());
             fitting.find(|k| cpu.is_none_or(|cpu| cpu == k.name)).copied().ok_or_else(|| {
                 let sets = Self::instruction_sets(precision);
@@ -110,8 +114,9 @@ impl Engine {
                 })
             })
         };
-        let kernels = find(precision)?;
-        let exact = find(Precision::Float32)?;
+        let kernels = find(precision, cpu)?;
+        // Not every instruction set of bfloat16 has float32.
+        let exact = find(Precision::Float32, cpu).or_else(|_| find(Precision::Float32, None))?;
         Ok(Self {
             config: config.clone(),
             exact,
@@ -325,7 +330,9 @@ impl Engine {
             let mut space = free.unwrap_or_default();
             // SAFETY: the processor has `k`, and `job` checked the lengths.
             unsafe {
+                (k.enter)();
                 self.predictor.run(k, &mut space, job, from, to - from, |latents| done(from, to - from, latents));
+                (k.leave)();
             }
             self.rolling.lock().unwrap_or_else(PoisonError::into_inner).push(space);
         });

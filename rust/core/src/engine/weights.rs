@@ -193,7 +193,7 @@ pub(super) fn line_up<'a>(matrices: impl Iterator<Item = &'a mut Packed>) {
 }
 
 /// The nearest bfloat16, ties to even.
-fn bfloat16(x: f32) -> u16 {
+pub(super) fn bfloat16(x: f32) -> u16 {
     let bits = x.to_bits();
     ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
