@@ -450,7 +450,7 @@ impl World {
 }
 
 /// Windows that grow and then slide, that slide from the start, and that never do.
-const WINDOWS: [[usize; 2]; 4] = [[1, 5], [3, 2], [2, 3], [1, 1]];
+const WINDOWS: [[usize; 2]; 4] = [[1, 4], [3, 2], [2, 3], [1, 1]];
 
 /// Difference of two results, as a share of their size.
 fn distance(a: &[f32], b: &[f32]) -> f64 {
@@ -462,7 +462,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 fn all_imagine_the_same_within_rounding() {
     for (i, [frames, horizon]) in WINDOWS.into_iter().enumerate() {
         let config = if i % 2 == 0 { config(40, 64) } else { config(50, 50) };
-        let world = World::new(config, Shape { envs: 2, frames, samples: 19, horizon });
+        let world = World::new(config, Shape { envs: 2, frames, samples: 9, horizon });
         let want = world.latents(&PORTABLE);
         let costs = world.costs(&world.engine(&PORTABLE, 1));
         for k in tables() {
@@ -477,17 +477,17 @@ fn all_imagine_the_same_within_rounding() {
 
 #[test]
 fn costs_depend_neither_on_threads_nor_on_neighbours() {
-    for [frames, horizon] in WINDOWS {
-        let world = World::new(config(40, 64), Shape { envs: 3, frames, samples: 37, horizon });
+    for [frames, horizon] in [[1, 4], [3, 1]] {
+        let world = World::new(config(40, 64), Shape { envs: 2, frames, samples: 19, horizon });
         for k in tables() {
             let want = world.costs(&world.engine(k, 1));
             assert!(want.iter().all(|cost| cost.is_finite() && *cost > 0.0));
             for threads in [2, 4] {
                 assert_eq!(world.costs(&world.engine(k, threads)), want, "{} {threads}", k.name);
             }
-            for (env, samples) in [(1, 0..37), (2, 5..6), (0, 3..30)] {
+            for (env, samples) in [(1, 0..19), (1, 5..6), (0, 3..14)] {
                 let part = world.part(env, samples.clone());
-                let want = &want[env * 37 + samples.start..env * 37 + samples.end];
+                let want = &want[env * 19 + samples.start..env * 19 + samples.end];
                 assert_eq!(part.costs(&part.engine(k, 1)), want, "{} {env} {samples:?}", k.name);
             }
         }
