@@ -24,7 +24,7 @@ def philox(counter, key):
 
 
 def noise(seed, env_ids, plan, iteration, samples, width):
-    """The layout at the head of rust/core/src/rng.rs. -> (E, S, width) float64."""
+    """The layout at the head of rust/core/src/rng/mod.rs. -> (E, S, width) float64."""
     blocks = -(-width // 4)
     env, sample, block = np.meshgrid(env_ids, np.arange(samples), np.arange(blocks), indexing="ij")
     counter = np.stack([iteration << 16 | block, sample, np.full_like(block, plan), env], axis=-1).reshape(-1, 4)

@@ -317,6 +317,9 @@ def test_the_speed_of_bfloat16_is_measured_once(monkeypatch, tmp_path):
     assert not bfloat16_is_faster(exact, Slow)
     assert not bfloat16_is_faster(exact, lambda: pytest.fail("measured again"))
     file = next(tmp_path.rglob("*.json"))
+    file.write_text(json.dumps({"another processor": True}))
+    assert not bfloat16_is_faster(exact, Slow)
+    assert sorted(json.loads(file.read_text()).values()) == [False, True]
     file.write_text("no json")
     assert not bfloat16_is_faster(exact, Slow)
     file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), True)))

@@ -44,7 +44,7 @@ def philox(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
     """Philox4x32-10 words (N, 4) of counters (N, 4) under a key (2,), all uint32."""
 
 def noise(seed: int, env_ids: ArrayLike, plan: int, iteration: int, samples: int, width: int) -> NDArray[np.float32]:
-    """Standard normal noise (E, S, width) of one planner iteration; layout in `rust/core/src/rng.rs`."""
+    """Standard normal noise (E, S, width) of one planner iteration; layout in `rust/core/src/rng/mod.rs`."""
 
 @final
 class Planner:

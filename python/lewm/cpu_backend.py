@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -122,21 +123,18 @@ def bfloat16_is_faster(exact: Engine, made: Any) -> bool:
     """
     if not Engine.instruction_sets("bfloat16"):
         return False
-    name = f"{_processor()} {exact.cpu}"
+    name = f"{_processor()} {Engine.instruction_sets('bfloat16')[0]}"
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lewm-fast" / "bfloat16.json"
     try:
         known = json.loads(path.read_text())
-        if isinstance(known[name], bool):
-            return known[name]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         known = {}
-    faster = bool(made().peak() > 1.2 * exact.peak())
-    try:
-        known = known if isinstance(known, dict) else {}
-        write_atomically(path, json.dumps({**known, name: faster}).encode())
-    except OSError:
-        pass  # nowhere to remember it
-    return faster
+    known = known if isinstance(known, dict) else {}
+    if not isinstance(known.get(name), bool):
+        known[name] = bool(made().peak() > 1.2 * exact.peak())
+        with contextlib.suppress(OSError):  # nowhere to remember it
+            write_atomically(path, json.dumps(known).encode())
+    return known[name]
 
 
 def _processor() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,7 @@ class Batch(NamedTuple):
     actions: Any
 
 
-class WindowSource:
+class WindowSource(ABC):
     """Episodes that windows are cut from; `lewm.Dataset`, `lewm.ReplayBuffer` and its snapshots are such.
 
     Attributes:
@@ -47,20 +48,20 @@ class WindowSource:
     growing = False
 
     @property
+    @abstractmethod
     def lengths(self) -> np.ndarray:
         """Frames of each episode, int64 of shape (episodes,)."""
-        raise NotImplementedError
 
     @property
     def first(self) -> int:
         """Number of the first episode; the others follow."""
         return 0
 
+    @abstractmethod
     def _read(
         self, index: np.ndarray, frames: int, stride: int, out: np.ndarray, threads: int | None = None
     ) -> np.ndarray:
         """Decodes windows that are known to be there into `out`, and returns their actions (B, (T-1)*stride, A)."""
-        raise NotImplementedError
 
     def snapshot(self) -> WindowSource:
         """The episodes there are now, which stay as they are; itself, if they do anyway."""

@@ -44,7 +44,7 @@ pub fn philox<'py>(counter: &Bound<'py, PyAny>, key: &Bound<'py, PyAny>) -> PyRe
     array_of(py, out, &[counters.len() / 4, 4])
 }
 
-/// The planners' standard normal noise of one iteration; its bit layout is written in `rust/core/src/rng.rs`.
+/// The planners' standard normal noise of one iteration; its bit layout is written in `rust/core/src/rng/mod.rs`.
 ///
 /// Args:
 ///     seed: 64-bit unsigned.

@@ -34,7 +34,7 @@ impl Precision {
 
 /// One instruction set in one precision.
 pub(super) struct Kernels {
-    /// What it is called, as in `LEWM_CPU`.
+    /// What it is called, as in [`Engine::instruction_sets`](super::Engine::instruction_sets).
     pub name: &'static str,
     pub precision: Precision,
     /// Rows in a tile.
@@ -50,11 +50,11 @@ pub(super) struct Kernels {
     pub distance: unsafe fn(Rows, usize, &[f32]) -> f32,
     /// Rounds of as many multiply-adds as `flops / 2`, from registers alone.
     pub peak: unsafe fn(usize, f32) -> f32,
+    /// Floating-point operations of such a round.
+    pub flops: usize,
     /// Called on a thread before its first product, and after its last one.
     pub enter: unsafe fn(),
     pub leave: unsafe fn(),
-    /// Floating-point operations of such a round.
-    pub flops: usize,
     /// Whether this processor has it.
     pub here: fn() -> bool,
 }
