@@ -22,8 +22,6 @@ mod predictor;
 mod rows;
 mod simd;
 #[cfg(test)]
-mod table_tests;
-#[cfg(test)]
 mod tests;
 mod weights;
 
