@@ -4,7 +4,6 @@
 use std::time::Instant;
 
 use lewm_core::planner::{Cost, Interrupt, Method, Planner, Task, Workspace};
-use lewm_core::pool::Pool;
 use lewm_core::Error;
 
 /// The same costs every time, as if the model took no time.
@@ -43,7 +42,6 @@ fn main() -> Result<(), Error> {
     };
     let mut cost = Free((0..300_u32).map(|i| f64::from(i.wrapping_mul(0x9E37_79B9) >> 8)).collect());
     let mut workspace = Workspace::default();
-    workspace.share(Pool::global()?);
     let mut times = Vec::new();
     for _ in 0..500 {
         let start = Instant::now();

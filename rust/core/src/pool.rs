@@ -8,7 +8,7 @@ use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
-use std::{env, fmt, hint, panic, process, thread};
+use std::{env, hint, panic, process, thread};
 
 /// How long a worker spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(200);
@@ -112,14 +112,6 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Whether the workers are between two calls and still spinning: work of a few microseconds then pays.
-    #[must_use]
-    pub fn awake(&self) -> bool {
-        !self.workers.is_empty()
-            && self.process == process::id()
-            && self.shared.asleep.try_lock().is_ok_and(|asleep| *asleep == 0)
-    }
-
     /// Calls `task(index, worker)` for every index below `tasks`; workers are numbered below [`Pool::threads`].
     ///
     /// A second caller at the same time, or one in a forked child, runs its tasks by itself.
@@ -160,12 +152,6 @@ impl Pool {
             panic::resume_unwind(payload);
         }
         assert!(!theirs, "a task panicked on another thread");
-    }
-}
-
-impl fmt::Debug for Pool {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").field("threads", &self.threads()).finish_non_exhaustive()
     }
 }
 

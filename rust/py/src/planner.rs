@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use lewm_core::engine;
 use lewm_core::planner::{self as core, Cost, Icem, Interrupt, Method, Real, Task, Workspace};
-use lewm_core::pool::Pool;
 use lewm_core::rng;
 use numpy::{Element, PyArray, PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
@@ -314,7 +313,6 @@ where
                 )))
             }
         };
-        workspace.share(Pool::global()?);
         let mut looked = Instant::now();
         let mut interrupt = || {
             if looked.elapsed() < SIGNALS {

@@ -26,20 +26,14 @@ mod real;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::pool::Pool;
 use crate::rng::{self, resize, Affine, Key};
 use crate::Error;
 use real::{clamp, place, vectorised};
 
 pub use icem::Icem;
 pub use real::Real;
-
-/// Numbers of one environment that are worth a second thread: a few microseconds of noise.
-const SHARED: usize = 4096;
 
 /// What a plan costs. Lower is better; +inf marks a candidate that must not be used.
 pub trait Cost<T: Real> {
@@ -154,7 +148,6 @@ pub struct Solution {
 /// The planner's memory. Kept between calls, it makes those of the same shape allocate nothing.
 #[derive(Debug, Default)]
 pub struct Workspace<T> {
-    pool: Option<Arc<Pool>>,
     candidates: Vec<T>,
     kept: Vec<T>,
     /// Bounds, mean and standard deviation of one plan, and a scratch for one.
@@ -180,13 +173,6 @@ struct Layout {
     samples: usize,
     lead: usize,
     kept: usize,
-}
-
-impl<T> Workspace<T> {
-    /// Draws candidates on the threads of `pool` too, while they are awake.
-    pub fn share(&mut self, pool: Arc<Pool>) {
-        self.pool = Some(pool);
-    }
 }
 
 impl Planner {
@@ -284,7 +270,7 @@ impl Planner {
 
     /// Writes the candidates of one environment.
     fn draw<T: Real>(&self, task: &Task<'_>, workspace: &mut Workspace<T>, layout: Layout, iteration: usize, e: usize) {
-        let Workspace { pool, candidates, kept, low, high, mean, std, scratch, matrix, moved, found, .. } = workspace;
+        let Workspace { candidates, kept, low, high, mean, std, scratch, matrix, moved, found, .. } = workspace;
         let (block, size) = (low.len(), layout.samples * low.len());
         let rows = &mut candidates[e * size..][..size];
         let (lead, rows) = rows.split_at_mut(layout.lead * block);
@@ -307,10 +293,7 @@ impl Planner {
             &noise[first..][..fresh.len()]
         });
         moved[e] += match (white, &self.method) {
-            (None, Method::Cem { .. } | Method::Mppi { .. }) => {
-                let pool = pool.as_deref().filter(|pool| fresh.len() >= SHARED && pool.awake());
-                draw_on(pool, key, layout.lead, affine, fresh)
-            }
+            (None, Method::Cem { .. } | Method::Mppi { .. }) => T::draw(key, layout.lead, affine, fresh),
             (white, method) => {
                 match white {
                     Some(white) => fresh.iter_mut().zip(white).for_each(|(x, &white)| *x = T::nearest(white)),
@@ -548,22 +531,6 @@ impl<T: Real> Workspace<T> {
         (found.iterations, found.deadline_hit) = (0, false);
         Ok(())
     }
-}
-
-/// [`Draw::draw`], in as many parts as there are threads.
-fn draw_on<T: Real>(pool: Option<&Pool>, key: Key, first: usize, affine: Affine<'_, T>, out: &mut [T]) -> usize {
-    let Some(pool) = pool else { return T::draw(key, first, affine, out) };
-    let width = affine.mean.len();
-    let rows = (out.len() / width).div_ceil(pool.threads());
-    let parts = out.len().div_ceil(rows * width);
-    let (chunks, moved) = (Mutex::new(out.chunks_mut(rows * width).enumerate()), AtomicUsize::new(0));
-    pool.run(parts, &|_, _| {
-        let next = chunks.lock().unwrap_or_else(PoisonError::into_inner).next();
-        if let Some((i, chunk)) = next {
-            moved.fetch_add(T::draw(key, first + i * rows, affine, chunk), Ordering::Relaxed);
-        }
-    });
-    moved.into_inner()
 }
 
 fn widen<T: Real>(from: &[T], to: &mut [f64]) {
