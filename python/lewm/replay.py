@@ -237,6 +237,11 @@ class ReplayBuffer(WindowSource):
     def batch(self, index: ArrayLike, frames: int, stride: int = 1) -> Batch:
         return self.snapshot().batch(index, frames, stride)
 
+    def _read(
+        self, index: np.ndarray, frames: int, stride: int, out: np.ndarray, threads: int | None = None
+    ) -> np.ndarray:
+        return self.snapshot()._read(index, frames, stride, out, threads)
+
 
 class Snapshot(WindowSource):
     """What a `ReplayBuffer` held at one moment. Made by `ReplayBuffer.snapshot`."""
