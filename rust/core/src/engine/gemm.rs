@@ -126,7 +126,7 @@ pub(super) enum End {
 
 /// Where a tile of sums comes from or goes to: distances, in numbers, from one row tile, row and panel to the next.
 #[derive(Clone, Copy)]
-struct Place {
+pub(super) struct Place {
     data: *mut f32,
     tile: usize,
     row: usize,
@@ -134,13 +134,22 @@ struct Place {
 }
 
 impl Place {
-    unsafe fn of<const R: usize>(rows: Rows, tile: usize, panel: usize) -> Self {
+    pub unsafe fn of<const R: usize>(rows: Rows, tile: usize, panel: usize) -> Self {
         let data = rows.in_tile::<R>(tile, 0, panel);
         Self { data, tile: rows.lines * R * LANES, row: LANES, panel: R * LANES }
     }
 
+    /// Where the sums of a block begin.
     #[inline(always)]
-    unsafe fn at(self, tile: usize, row: usize, panel: usize) -> *mut f32 {
+    pub unsafe fn start<const R: usize>(start: &Start, tile: usize, panel: usize) -> Self {
+        match *start {
+            Start::Bias(bias) => Self { data: bias.add(panel * LANES).cast_mut(), tile: 0, row: 0, panel: LANES },
+            Start::Rest(rest) => Self::of::<R>(rest, tile, panel),
+        }
+    }
+
+    #[inline(always)]
+    pub unsafe fn at(self, tile: usize, row: usize, panel: usize) -> *mut f32 {
         self.data.add(tile * self.tile + row * self.row + panel * self.panel)
     }
 }
@@ -176,7 +185,7 @@ pub(super) unsafe fn product<D: Dot, const R: usize, const T: usize, const N: us
 }
 
 /// More lines than a tile of sums has.
-const MOST: usize = 32;
+pub(super) const MOST: usize = 32;
 
 #[inline(always)]
 unsafe fn block<D: Dot, const R: usize, const T: usize, const N: usize>(
@@ -189,10 +198,7 @@ unsafe fn block<D: Dot, const R: usize, const T: usize, const N: usize>(
 ) {
     let mut scratch = [const { MaybeUninit::<Line>::uninit() }; MOST];
     let sums = Rows { data: scratch.as_mut_ptr().cast(), tile: R, lines: N };
-    let from = match *start {
-        Start::Bias(bias) => Place { data: bias.add(panel * LANES).cast_mut(), tile: 0, row: 0, panel: LANES },
-        Start::Rest(rest) => Place::of::<R>(rest, tile, panel),
-    };
+    let from = Place::start::<R>(start, tile, panel);
     let to = match *end {
         End::Store(c) => Place::of::<R>(c, tile, panel),
         _ => Place::of::<R>(sums, 0, 0),
@@ -257,7 +263,7 @@ unsafe fn accumulate<D: Dot, const R: usize, const T: usize, const N: usize>(
 }
 
 #[inline(always)]
-unsafe fn residual<D: Dot, const R: usize, const N: usize>(
+pub(super) unsafe fn residual<D: Dot, const R: usize, const N: usize>(
     sums: Rows,
     tile: usize,
     panel: usize,

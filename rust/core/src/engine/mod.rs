@@ -10,6 +10,8 @@
 #![allow(clippy::inline_always)] // a kernel compiled by itself would be compiled without its instruction set
 #![allow(clippy::needless_range_loop)] // an index that is known when this is compiled keeps a sum in its register
 
+#[cfg(target_arch = "x86_64")]
+mod bytes;
 mod encoder;
 mod gemm;
 mod kernels;
@@ -115,7 +117,7 @@ impl Engine {
             exact,
             kernels,
             encoder: Encoder::new(config, tensors)?,
-            predictor: Predictor::new(config, tensors, kernels.group)?,
+            predictor: Predictor::new(config, tensors, kernels)?,
             pool,
             encoding: Mutex::default(),
             rolling: Mutex::default(),
