@@ -18,6 +18,9 @@ use super::rows::{adapt, moments, tail, Modulate};
 use super::simd::{gelu_coarse, Avx512 as S, Simd};
 use super::weights::{LOWEST, ZERO};
 
+#[cfg(test)]
+mod tests;
+
 /// Numbers in a word.
 pub(super) const GROUP: usize = 4;
 
@@ -139,6 +142,7 @@ const WIDE: usize = CHUNK * GROUP / LANES;
 
 /// Whole rows of some tiles through a GELU, as an operand.
 #[inline(always)]
+#[allow(clippy::large_stack_arrays)] // 24 KiB: in the level 1 cache, and a thread has 2 MiB
 unsafe fn gelu<const R: usize, const T: usize, const N: usize>(p: &Product, tile: usize, start: &Start, c: Rows) {
     // Of rows of float32 in the level 1 cache: a row's scale is known when all of it is.
     let mut scratch = [const { MaybeUninit::<Line>::uninit() }; WIDE * 12];

@@ -519,7 +519,9 @@ impl Mlp {
         };
         let mut parts: Vec<_> = (0..hidden).step_by(chunk).map(part).collect();
         if let [[_, first], others @ ..] = &mut parts[..] {
-            others.iter().for_each(|[_, other]| first.add_bias(other));
+            for [_, other] in others {
+                first.add_bias(other);
+            }
         }
         Self(parts)
     }

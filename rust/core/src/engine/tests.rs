@@ -151,13 +151,15 @@ fn instruction_sets_agree() {
 }
 
 #[test]
-fn bfloat16_is_near_float32() {
+fn bfloat16_and_int8_are_near_float32() {
     let exact = engine(Precision::Float32, None, 1);
-    for cpu in Engine::instruction_sets(Precision::Bfloat16) {
-        let rough = engine(Precision::Bfloat16, Some(cpu), 1);
-        for shape in shapes() {
-            for (got, want) in costs(&rough, shape).iter().zip(costs(&exact, shape)) {
-                assert!((got - want).abs() < 0.1 * want.max(1.0), "{cpu} {shape:?}: {got} {want}");
+    for precision in [Precision::Bfloat16, Precision::Int8] {
+        for cpu in Engine::instruction_sets(precision) {
+            let rough = engine(precision, Some(cpu), 1);
+            for shape in shapes() {
+                for (got, want) in costs(&rough, shape).iter().zip(costs(&exact, shape)) {
+                    assert!((got - want).abs() < 0.1 * want.max(1.0), "{precision:?} {cpu} {shape:?}: {got} {want}");
+                }
             }
         }
     }
@@ -165,7 +167,7 @@ fn bfloat16_is_near_float32() {
 
 #[test]
 fn a_row_does_not_depend_on_threads_or_on_the_rows_beside_it() {
-    for precision in [Precision::Float32, Precision::Bfloat16] {
+    for precision in [Precision::Float32, Precision::Bfloat16, Precision::Int8] {
         for cpu in Engine::instruction_sets(precision) {
             let alone = engine(precision, Some(cpu), 1);
             for shape in shapes() {
