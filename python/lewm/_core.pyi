@@ -132,7 +132,7 @@ class Engine:
     def threads(self) -> int:
         """Threads that work."""
     def peak(self) -> float:
-        """The most operations per second of all threads with the rollout's instructions, registers only, best of five."""
+        """The most operations a second of all threads with the rollout's instructions, registers only, best of 5."""
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(N, size, size, 3) -> (N, D)."""
     def rollout(

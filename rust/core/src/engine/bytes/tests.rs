@@ -1,5 +1,8 @@
 //! Products of bytes against whole numbers, and what is rounded to bytes against what it was.
 
+#![allow(clippy::cast_possible_wrap, clippy::cast_sign_loss)] // small rows, rounded bytes
+#![allow(clippy::float_cmp)] // exact is what it says
+
 use super::super::gemm::{End, Gate, Start};
 use super::super::kernels::{Kernels, Precision, ALL};
 use super::super::layout::{lines, padded, Buffer, Line, Rows, LANES};
