@@ -26,9 +26,8 @@ class CpuBackend:
     """Weights folded and packed for this processor, and the four things planning asks of them.
 
     Frames are encoded in float32. The rollout is in `precision`: `bfloat16` rounds the factors of matrix products and
-    sums them in float32; `int8` does so with the factors of most products as well, in 8 bits, and the rest in bfloat16.
-    "auto" takes the fastest on this processor (`fastest_first`) in which the model ranks candidates as in float32
-    (`agreement`).
+    sums them in float32; `int8` rounds those of most products to 8 bits and the rest to bfloat16. "auto" takes the
+    fastest on this processor (`fastest_first`) in which the model ranks candidates as in float32 (`agreement`).
     """
 
     name = "cpu"

@@ -2,7 +2,8 @@
 //!
 //! * `layout`: how matrices lie in memory; the same for every instruction set.
 //! * `simd`: the instructions; `gemm` and `rows`: matrix products with fused ends and what happens between them, written once
-//!   over the instructions; `kernels`: both compiled for every instruction set, chosen at run time.
+//!   over the instructions; `bytes`: what differs for int8; `kernels`: all compiled for every instruction set, chosen at run
+//!   time.
 //! * `weights`: named tensors to folded and packed matrices; [`encoder`](Engine::encode) and [`rollout`](Engine::rollout).
 //!
 //! A candidate's numbers do not depend on the candidates beside it, nor on the number of threads: bit for bit.
