@@ -16,14 +16,14 @@ import lewm
 from lewm import cpu_backend
 from lewm._core import Engine
 from lewm.config import ModelConfig
-from lewm.cpu_backend import CpuBackend, agreement, bfloat16_is_faster, engine_config
+from lewm.cpu_backend import CpuBackend, agreement, engine_config, fastest_first, is_faster
 from lewm.model_file import tensor_shapes
 
 PARITY = Path(__file__).parent / "parity"
 sys.path.insert(0, str(PARITY))
 import rule
 
-SETS = [(precision, cpu) for precision in ("float32", "bfloat16") for cpu in Engine.instruction_sets(precision)]
+SETS = [(precision, cpu) for precision in ("float32", "bfloat16", "int8") for cpu in Engine.instruction_sets(precision)]
 WANT = np.load(PARITY / "expected_seed1.npz")
 
 
@@ -71,7 +71,7 @@ def test_the_official_outputs_are_reproduced(official, precision, cpu):
     if precision == "float32":
         np.testing.assert_allclose(rollout, WANT["rollout"], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(costs, WANT["costs"], rtol=1e-4)
-    else:  # 8 bits of mantissa: what that gives is written here rather than hidden
+    else:  # 8 bits: what that gives is written here rather than hidden
         assert np.abs(rollout - WANT["rollout"]).max() < 0.06
         np.testing.assert_allclose(costs, WANT["costs"], rtol=0.02)
 
@@ -200,7 +200,7 @@ def test_weights_that_do_not_fit_are_listed():
 def test_bad_arguments_are_named():
     weights, config = some_weights(TINY), engine_config(TINY)
     floats = {name: value for name, value in weights.items() if value.dtype == np.float32}
-    with pytest.raises(ValueError, match='precision must be "float32" or "bfloat16", got "int4"'):
+    with pytest.raises(ValueError, match='precision must be "float32", "bfloat16" or "int8", got "int4"'):
         Engine(config, floats, precision="int4")
     with pytest.raises(ValueError, match=r"cpu must be one of \[.*\"portable\"\] for float32 .*got \"z80\""):
         Engine(config, floats, cpu="z80")
@@ -280,50 +280,62 @@ def test_the_environment_variable_is_checked():
     assert 'LEWM_NUM_THREADS must be a number from 1 to 1024, got "many"' in out.stderr
 
 
-needs_bfloat16 = pytest.mark.skipif(not Engine.instruction_sets("bfloat16"), reason="no bfloat16 instructions here")
+FASTER = [precision for precision in ("bfloat16", "int8") if Engine.instruction_sets(precision)]
+needs_int8 = pytest.mark.skipif("int8" not in FASTER, reason="no int8 instructions here")
 
 
-@needs_bfloat16
-def test_bfloat16_passes_its_gate_where_actions_matter(official):
+@pytest.mark.parametrize("precision", FASTER)
+def test_a_precision_passes_its_gate_where_actions_matter(official, precision):
     config = ModelConfig(action_dim=2)
-    spearman, overlap = agreement(engine(config, official), engine(config, official, precision="bfloat16"), config)
+    spearman, overlap = agreement(engine(config, official), engine(config, official, precision=precision), config)
     assert spearman >= cpu_backend.SPEARMAN
     assert overlap >= cpu_backend.OVERLAP
 
 
-@needs_bfloat16
-def test_auto_takes_bfloat16_only_if_it_is_faster_and_passes(monkeypatch, tmp_path):
+@needs_int8
+def test_auto_takes_the_fastest_that_passes(monkeypatch):
     weights = some_weights(TINY)
-    monkeypatch.setattr(cpu_backend, "bfloat16_is_faster", lambda *_: False)
-    assert CpuBackend(TINY, weights, "auto").precision == "float32"
-    monkeypatch.setattr(cpu_backend, "bfloat16_is_faster", lambda *_: True)
-    monkeypatch.setattr(cpu_backend, "agreement", lambda *_: (0.99, 1.0))
-    assert CpuBackend(TINY, weights, "auto").precision == "float32"
-    monkeypatch.setattr(cpu_backend, "agreement", lambda *_: (1.0, 0.9))
-    assert CpuBackend(TINY, weights, "auto").precision == "float32"
-    monkeypatch.setattr(cpu_backend, "agreement", lambda *_: (1.0, 1.0))
-    assert CpuBackend(TINY, weights, "auto").precision == "bfloat16"
+
+    def taken(fast, passes):
+        monkeypatch.setattr(cpu_backend, "is_faster", lambda precision, than, made: (precision, than) in fast)
+        monkeypatch.setattr(cpu_backend, "agreement", lambda exact, fast, config: passes.get(fast.precision))
+        return CpuBackend(TINY, weights, "auto").precision
+
+    good, near, far = (1.0, 1.0), (0.99, 1.0), (1.0, 0.9)
+    all_good = {"int8": good, "bfloat16": good}
+    both = {("bfloat16", "float32"), ("int8", "bfloat16")}
+    assert taken(both, all_good) == "int8"
+    assert taken(both, {"int8": near, "bfloat16": good}) == "bfloat16"
+    assert taken(both, {"int8": far, "bfloat16": near}) == "float32"
+    assert taken({("bfloat16", "float32")}, all_good) == "bfloat16"
+    assert taken({("int8", "float32")}, all_good) == "int8"
+    assert taken(set(), all_good) == "float32"
 
 
-@needs_bfloat16
-def test_the_speed_of_bfloat16_is_measured_once(monkeypatch, tmp_path):
+@needs_int8
+def test_a_speed_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    exact = engine(TINY, some_weights(TINY))
 
-    class Slow:
-        def peak(self):
-            return 1.0
+    class Peak:
+        def __init__(self, precision):
+            self.peak = lambda: {"float32": 10.0, "bfloat16": 9.0, "int8": 20.0}[precision]
 
-    assert not bfloat16_is_faster(exact, Slow)
-    assert not bfloat16_is_faster(exact, lambda: pytest.fail("measured again"))
+    def never(precision):
+        pytest.fail("measured again")
+
+    assert not is_faster("bfloat16", "float32", Peak)
+    assert is_faster("int8", "float32", Peak)
+    assert not is_faster("bfloat16", "float32", never)
+    assert is_faster("int8", "float32", never)
+    assert fastest_first(never) == ["int8"]
     file = next(tmp_path.rglob("*.json"))
     file.write_text(json.dumps({"another processor": True}))
-    assert not bfloat16_is_faster(exact, Slow)
+    assert not is_faster("bfloat16", "float32", Peak)
     assert sorted(json.loads(file.read_text()).values()) == [False, True]
     file.write_text("no json")
-    assert not bfloat16_is_faster(exact, Slow)
-    file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), True)))
-    assert bfloat16_is_faster(exact, lambda: pytest.fail("measured again"))
+    assert is_faster("int8", "float32", Peak)
+    file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), False)))
+    assert not is_faster("int8", "float32", never)
 
 
 def test_a_model_says_what_runs_it(official):

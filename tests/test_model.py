@@ -284,8 +284,8 @@ def test_an_engine_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match='backend must be "auto", "cpu" or "torch", got \'cuda\''):
         make(backend="cuda")
     for backend in ("torch", "cpu"):
-        with pytest.raises(ValueError, match="precision must be auto or one of .*got 'int8'"):
-            make("int8", backend=backend)
+        with pytest.raises(ValueError, match="precision must be auto or one of .*got 'int4'"):
+            make("int4", backend=backend)
     with pytest.raises(ValueError, match='device is for backend "torch"'):
         lewm.Model.from_state_dict(rule.weights(1), backend="cpu", device="cpu")
 

@@ -124,7 +124,7 @@ class Engine:
         """Names of the instruction sets that this processor has for a precision, the best first."""
     @property
     def precision(self) -> str:
-        """Of the rollout: "float32" or "bfloat16"."""
+        """Of the rollout: "float32", "bfloat16" or "int8"."""
     @property
     def cpu(self) -> str:
         """The instruction set of the rollout."""
@@ -132,7 +132,7 @@ class Engine:
     def threads(self) -> int:
         """Threads that work."""
     def peak(self) -> float:
-        """The most FLOP/s of all threads together with the rollout's instructions, registers only, best of five."""
+        """The most operations a second of all threads with the rollout's instructions, registers only, best of 5."""
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(N, size, size, 3) -> (N, D)."""
     def rollout(

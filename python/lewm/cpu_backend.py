@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lewm._core import Engine, Objective, noise
 from lewm.config import ModelConfig
 from lewm.model_file import check_weights, write_atomically
 
-_PRECISIONS = ("float32", "bfloat16")
+_PRECISIONS = ("float32", "bfloat16", "int8")
 # What a precision must reach against float32 on first-iteration candidates to be taken by itself.
 SPEARMAN, OVERLAP = 0.999, 0.95
 
@@ -25,8 +26,8 @@ class CpuBackend:
     """Weights folded and packed for this processor, and the four things planning asks of them.
 
     Frames are encoded in float32. The rollout is in `precision`: `bfloat16` rounds the factors of matrix products and
-    sums them in float32. "auto" takes bfloat16 where the processor multiplies it faster than float32 and the model
-    ranks candidates alike in both (`agreement`), else float32.
+    sums them in float32; `int8` rounds those of most products to 8 bits and the rest to bfloat16. "auto" takes the
+    fastest on this processor (`fastest_first`) in which the model ranks candidates as in float32 (`agreement`).
     """
 
     name = "cpu"
@@ -39,11 +40,13 @@ class CpuBackend:
         self._weights = {name: to_numpy(value) for name, value in weights.items()}
         check_weights(config, self._weights)
         self._engine = self._made("float32" if precision == "auto" else precision, cpu)
-        if precision == "auto" and bfloat16_is_faster(self._engine, lambda: self._made("bfloat16", cpu)):
-            fast = self._made("bfloat16", cpu)
-            spearman, overlap = agreement(self._engine, fast, config)
-            if spearman >= SPEARMAN and overlap >= OVERLAP:
-                self._engine = fast
+        if precision == "auto":
+            for faster in fastest_first(lambda name: self._made(name, cpu)):
+                fast = self._made(faster, cpu)
+                spearman, overlap = agreement(self._engine, fast, config)
+                if spearman >= SPEARMAN and overlap >= OVERLAP:
+                    self._engine = fast
+                    break
 
     def _made(self, precision: str, cpu: str | None) -> Engine:
         floats = {name: value for name, value in self._weights.items() if value.dtype == np.float32}
@@ -115,23 +118,33 @@ def agreement(exact: Engine, fast: Engine, config: ModelConfig) -> tuple[float, 
     return float(np.mean(spearman)), float(np.mean(overlap))
 
 
-def bfloat16_is_faster(exact: Engine, made: Any) -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32: measured once per processor and remembered.
+def fastest_first(made: Callable[[str], Engine]) -> list[str]:
+    """The precisions that this processor multiplies faster than float32, each faster than those behind it."""
+    ladder = ["float32"]
+    for name in _PRECISIONS[1:]:
+        if is_faster(name, ladder[-1], made):
+            ladder.append(name)
+    return ladder[:0:-1]
 
-    It does by a factor of 2 on some and is slower by as much on others. What was measured is kept in the user's cache
-    folder, so that the same model file plans alike in every process.
+
+def is_faster(precision: str, than: str, made: Callable[[str], Engine]) -> bool:
+    """Whether this processor multiplies in one precision faster than in another: measured once and remembered.
+
+    bfloat16 is faster than float32 by a factor of 2 on some processors and slower by as much on others. What was
+    measured is kept in the user's cache folder, so that the same model file plans alike in every process.
     """
-    if not Engine.instruction_sets("bfloat16"):
+    sets = [Engine.instruction_sets(name) for name in (precision, than)]
+    if not all(sets):
         return False
-    name = f"{_processor()} {Engine.instruction_sets('bfloat16')[0]}"
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lewm-fast" / "bfloat16.json"
+    name = f"{_processor()} {precision} {sets[0][0]} {than} {sets[1][0]}"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lewm-fast" / "faster.json"
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
     known = known if isinstance(known, dict) else {}
     if not isinstance(known.get(name), bool):
-        known[name] = bool(made().peak() > 1.2 * exact.peak())
+        known[name] = bool(made(precision).peak() > 1.2 * made(than).peak())
         with contextlib.suppress(OSError):  # nowhere to remember it
             write_atomically(path, json.dumps(known).encode())
     return known[name]

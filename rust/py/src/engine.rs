@@ -170,7 +170,10 @@ fn precision_of(name: &str) -> PyResult<Precision> {
     match name {
         "float32" => Ok(Precision::Float32),
         "bfloat16" => Ok(Precision::Bfloat16),
-        _ => Err(PyValueError::new_err(format!("precision must be \"float32\" or \"bfloat16\", got {name:?}"))),
+        "int8" => Ok(Precision::Int8),
+        _ => {
+            Err(PyValueError::new_err(format!("precision must be \"float32\", \"bfloat16\" or \"int8\", got {name:?}")))
+        }
     }
 }
 

@@ -221,7 +221,7 @@ unsafe fn product<D: Dot, const R: usize, const T: usize, const N: usize>(p: &Pr
 }
 
 /// More lines than a tile of sums has.
-const MOST: usize = 32;
+pub(super) const MOST: usize = 32;
 
 #[inline(always)]
 unsafe fn block<D: Dot, const R: usize, const T: usize, const N: usize>(
@@ -310,7 +310,7 @@ unsafe fn accumulate<D: Dot, const R: usize, const T: usize, const N: usize>(
 }
 
 #[inline(always)]
-unsafe fn residual<D: Dot, const R: usize, const N: usize>(
+pub(super) unsafe fn residual<D: Dot, const R: usize, const N: usize>(
     sums: Rows,
     tile: usize,
     panel: usize,

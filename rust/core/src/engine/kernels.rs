@@ -8,6 +8,7 @@ use super::rows::{self, Attend, Modulate, Norm};
 use super::simd::Portable;
 #[cfg(target_arch = "x86_64")]
 use super::{
+    bytes,
     gemm::Pairs,
     simd::{Avx2, Avx512},
 };
@@ -19,6 +20,9 @@ pub enum Precision {
     Float32,
     /// bfloat16 factors, float32 sums; everything between two products is float32.
     Bfloat16,
+    /// As bfloat16, but the factors of most products within the layers of the predictor are int8: what comes from tokens to
+    /// queries, keys, values and hidden units, and from these back.
+    Int8,
 }
 
 impl Precision {
@@ -28,6 +32,7 @@ impl Precision {
         match self {
             Self::Float32 => "float32",
             Self::Bfloat16 => "bfloat16",
+            Self::Int8 => "int8",
         }
     }
 }
@@ -39,9 +44,12 @@ pub(super) struct Kernels {
     pub precision: Precision,
     /// Rows in a tile.
     pub tile: usize,
-    /// float32 numbers in a word of an operand.
+    /// Numbers in a word of an operand.
     pub group: usize,
     pub product: unsafe fn(&Product, &Start, &End),
+    /// The same for what [`Modulate`] writes and for hidden units.
+    pub bulk_group: usize,
+    pub bulk: unsafe fn(&Product, &Start, &End),
     pub modulate: unsafe fn(&Modulate, *mut f32),
     pub norm: unsafe fn(&Norm),
     pub convert: unsafe fn(Rows, Rows, usize, usize),
@@ -109,6 +117,8 @@ macro_rules! kernels {
                 tile: R,
                 group: <D as Dot>::GROUP,
                 product,
+                bulk_group: <D as Dot>::GROUP,
+                bulk: product,
                 modulate,
                 norm,
                 convert,
@@ -155,6 +165,32 @@ kernels!(AMX_AVX512, "amx-avx512", Bfloat16, amx::Tiled<amx::Emulated, Pairs>,
     features "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
     here || avx512() && is_x86_feature_detected!("avx512bf16"));
 
+#[cfg(target_arch = "x86_64")]
+static AVX512_INT8: Kernels = {
+    #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    unsafe fn bulk(p: &Product, start: &Start, end: &End) {
+        bytes::product::<6, 2, 2>(p, start, end);
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    unsafe fn modulate(m: &Modulate, scratch: *mut f32) {
+        bytes::modulate::<6>(m, scratch);
+    }
+    #[target_feature(enable = "avx512vnni,avx512f")]
+    unsafe fn peak(rounds: usize, x: f32) -> f32 {
+        bytes::peak::<6, 2, 2>(rounds, x)
+    }
+    Kernels {
+        precision: Precision::Int8,
+        bulk_group: bytes::GROUP,
+        bulk,
+        modulate,
+        peak,
+        flops: AVX512_BF16.flops / AVX512_BF16.group * bytes::GROUP,
+        here: || (AVX512_BF16.here)() && is_x86_feature_detected!("avx512vnni"),
+        ..AVX512_BF16
+    }
+};
+
 #[cfg(target_arch = "aarch64")]
 kernels!(NEON, "neon", Float32, Vectors<Single<super::simd::Neon>, 6, 1, 1>, here || true);
 
@@ -175,6 +211,8 @@ pub(super) static ALL: &[&Kernels] = &[
     &AMX,
     #[cfg(target_arch = "x86_64")]
     &AVX512_BF16,
+    #[cfg(target_arch = "x86_64")]
+    &AVX512_INT8,
     #[cfg(target_arch = "x86_64")]
     &AVX2,
     #[cfg(target_arch = "aarch64")]

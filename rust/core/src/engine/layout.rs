@@ -3,7 +3,7 @@
 //! Everything is made of lines of 64 bytes. Rows of activations are grouped in tiles of `tile` rows (6, or 16 for AMX); a
 //! tile holds, for its first line of columns, that line of each of its rows, then the second, and so on:
 //! `[row / tile][line][row % tile]`. A line is sixteen float32 numbers, or, in an operand of a matrix product, sixteen words
-//! of 32 bits, each holding one float32 or two bfloat16 neighbours. So vectors along a row are whole lines, and a
+//! of 32 bits, each holding one float32, two bfloat16 or four byte neighbours. So vectors along a row are whole lines, and a
 //! micro-kernel walks through a tile with one pointer and constant distances.
 //!
 //! Weights lie in panels of sixteen columns: `[column / 16][word of the row][column % 16]`, again sixteen words to a line.

@@ -2,7 +2,8 @@
 //!
 //! * `layout`: how matrices lie in memory; the same for every instruction set.
 //! * `simd`: the instructions; `gemm` and `rows`: matrix products with fused ends and what happens between them, written once
-//!   over the instructions; `amx`: products on tiles; `kernels`: all compiled for every instruction set, chosen at run time.
+//!   over the instructions; `amx`: products on tiles; `bytes`: what differs for int8; `kernels`: all compiled for every
+//!   instruction set, chosen at run time.
 //! * `weights`: named tensors to folded and packed matrices; [`encoder`](Engine::encode) and [`rollout`](Engine::rollout).
 //!
 //! A candidate's numbers do not depend on the candidates beside it, nor on the number of threads: bit for bit.
@@ -14,6 +15,8 @@
 mod amx;
 #[doc(hidden)]
 pub mod bench;
+#[cfg(target_arch = "x86_64")]
+mod bytes;
 mod encoder;
 mod gemm;
 mod kernels;
@@ -120,7 +123,7 @@ impl Engine {
             exact,
             kernels,
             encoder: Encoder::new(config, tensors)?,
-            predictor: Predictor::new(config, tensors, kernels.group)?,
+            predictor: Predictor::new(config, tensors, kernels)?,
             pool,
             encoding: Mutex::default(),
             rolling: Mutex::default(),

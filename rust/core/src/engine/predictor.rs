@@ -152,8 +152,8 @@ struct Part {
 }
 
 impl Predictor {
-    pub fn new(config: &Config, tensors: &Tensors, words: usize) -> Result<Self, Error> {
-        let c = config;
+    pub fn new(config: &Config, tensors: &Tensors, k: &Kernels) -> Result<Self, Error> {
+        let (c, words, bulk) = (config, k.group, k.bulk_group);
         let (d, inner) = (c.predictor_dim, c.predictor_heads * c.predictor_head_dim);
         let read = |name: &str, outputs, inputs| Linear::read(tensors, name, outputs, inputs, true);
         let one = Groups::one;
@@ -209,7 +209,7 @@ impl Predictor {
                 let (from, width) = (first * group.width, group.count * group.width);
                 let of = |part: usize| {
                     let linear = qkv.outputs_of(part * inner + from..part * inner + from + width);
-                    Packed::new(&linear, one(d), group, words)
+                    Packed::new(&linear, one(d), group, bulk)
                 };
                 let out = Packed::new(&out.inputs_of(from..from + width), group, one(d), words);
                 Heads { queries: of(0), keys: of(1), values: of(2), out }
@@ -218,8 +218,8 @@ impl Predictor {
             let down = read(&format!("{name}.mlp.net.4"), d, c.predictor_mlp)?;
             layers.push(Layer {
                 groups: groups.collect(),
-                alone: Packed::new(&alone, one(d), one(d), words),
-                mlp: Mlp::new(&up, &down, words),
+                alone: Packed::new(&alone, one(d), one(d), bulk),
+                mlp: Mlp::new(&up, &down, bulk),
             });
         }
 
@@ -253,13 +253,16 @@ impl Predictor {
         let (d, heads) = (lines(c.predictor_dim), self.group * self.head);
         let groups = c.predictor_depth * c.predictor_heads.div_ceil(self.group);
         let cached = if shape.grows { groups * w * tiles } else { 0 };
-        let hidden = c.predictor_mlp.max(c.projector_hidden).min(CHUNK * k.group);
+        // An operand of bytes has a line of scales.
+        let operand = |width: usize, group: usize| lines(width).div_ceil(group) + usize::from(group == 4);
+        let hidden = |width: usize, group: usize| operand(width.min(CHUNK * group), group);
+        let latents = lines(c.embed_dim);
         Buffers {
-            z: buffer(shape.tokens * tiles, lines(c.embed_dim)),
+            z: buffer(shape.tokens * tiles, latents),
             modulation: buffer(w * tiles, 6 * c.predictor_depth * d),
             x: buffer(local, d),
-            a: buffer(local, d.max(lines(c.embed_dim)) / k.group),
-            y: buffer(local, d.max(lines(c.embed_dim))),
+            a: buffer(local, operand(c.predictor_dim, k.bulk_group).max(d.max(latents) / k.group)),
+            y: buffer(local, d.max(latents)),
             raw: buffer(tiles, lines(c.block_dim)),
             raw_operand: buffer(tiles, lines(c.block_dim) / k.group),
             action: buffer(tiles, lines(c.action_hidden) / k.group),
@@ -268,7 +271,7 @@ impl Predictor {
             kv: [buffer(local, heads), buffer(local, heads)],
             attended: buffer(local, heads / k.group),
             cache: [buffer(cached, heads), buffer(cached, heads)],
-            hidden: buffer(local, lines(hidden) / k.group),
+            hidden: buffer(local, hidden(c.predictor_mlp, k.bulk_group).max(hidden(c.projector_hidden, k.group))),
             scratch: vec![Line::ZERO; d * k.tile],
             scores: vec![0.0; w * LANES],
             views: Views::default(),
@@ -503,13 +506,24 @@ impl Mlp {
         let (chunk, hidden) = (CHUNK * group, up.outputs());
         let part = |first: usize| {
             let units = first..hidden.min(first + chunk);
-            let width = Groups::one(units.len());
+            let (width, outputs) = (Groups::one(units.len()), Groups::one(down.outputs()));
+            let rest = down.inputs_of(units.clone());
             [
-                Packed::new(&up.outputs_of(units.clone()), Groups::one(up.inputs), width, group),
-                Packed::new(&down.inputs_of(units), width, Groups::one(down.outputs()), group),
+                Packed::new(&up.outputs_of(units), Groups::one(up.inputs), width, group),
+                if group == 4 {
+                    Packed::bytes(&rest, width, outputs, true)
+                } else {
+                    Packed::new(&rest, width, outputs, group)
+                },
             ]
         };
-        Self((0..hidden).step_by(chunk).map(part).collect())
+        let mut parts: Vec<_> = (0..hidden).step_by(chunk).map(part).collect();
+        if let [[_, first], others @ ..] = &mut parts[..] {
+            for [_, other] in others {
+                first.add_bias(other);
+            }
+        }
+        Self(parts)
     }
 
     fn in_order(&mut self) -> impl Iterator<Item = &mut Packed> {
@@ -535,7 +549,8 @@ pub(super) unsafe fn run(k: &Kernels, a: Rows, tiles: usize, w: &Packed, end: En
 /// `a w`, starting from `start`.
 pub(super) unsafe fn product(k: &Kernels, a: Rows, tiles: usize, w: &Packed, start: Start, end: End) {
     let p = Product { a, tiles, units: w.units, w: w.panel(0), stride: w.stride, panels: w.panels };
-    (k.product)(&p, &start, &end);
+    let product = if w.words == k.group { k.product } else { k.bulk };
+    product(&p, &start, &end);
 }
 
 /// Writes `values` as a row; the padding behind them stays as it is.

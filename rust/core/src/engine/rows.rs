@@ -45,14 +45,14 @@ pub(super) struct Attend<'a> {
 }
 
 /// The mask of the last line of a row of `width` numbers: 1 where there is one.
-fn tail(width: usize) -> [f32; LANES] {
+pub(super) fn tail(width: usize) -> [f32; LANES] {
     let last = (width - 1) / LANES * LANES;
     std::array::from_fn(|lane| if last + lane < width { 1.0 } else { 0.0 })
 }
 
 /// Mean and 1 / standard deviation of the `R` rows of a tile at `x`, `count` lines each.
 #[inline(always)]
-unsafe fn moments<S: Simd, const R: usize>(
+pub(super) unsafe fn moments<S: Simd, const R: usize>(
     x: *const f32,
     count: usize,
     width: usize,
@@ -90,19 +90,25 @@ pub(super) unsafe fn modulate<D: Dot, const R: usize>(m: &Modulate, scratch: *mu
     let count = m.width.div_ceil(LANES);
     let mask = D::S::load(tail(m.width).as_ptr());
     for tile in 0..m.tiles {
-        let x = m.x.in_tile::<R>(tile, 0, 0).cast_const();
-        let (scale, shift) = (m.scale.in_tile::<R>(tile, 0, 0), m.shift.in_tile::<R>(tile, 0, 0));
-        let (means, rates) = moments::<D::S, R>(x, count, m.width, mask, m.eps[0]);
-        for i in 0..count {
-            for r in 0..R {
-                let at = (i * R + r) * LANES;
-                let n = D::S::mul(D::S::sub(D::S::load(x.add(at)), means[r]), rates[r]);
-                // The padding of scale and shift is zero, and so is what comes out there.
-                let y = D::S::fma(n, D::S::load(scale.add(at)), D::S::load(shift.add(at)));
-                D::S::store(scratch.add(at), y);
-            }
-        }
+        adapt::<D::S, R>(m, tile, mask, scratch);
         normalise::<D, R>(scratch, count, m.width, mask, m.eps[1], m.out.in_tile::<R>(tile, 0, 0));
+    }
+}
+
+/// The adaptive layer norm alone, of one tile.
+#[inline(always)]
+pub(super) unsafe fn adapt<S: Simd, const R: usize>(m: &Modulate, tile: usize, mask: S::V, out: *mut f32) {
+    let count = m.width.div_ceil(LANES);
+    let x = m.x.in_tile::<R>(tile, 0, 0).cast_const();
+    let (scale, shift) = (m.scale.in_tile::<R>(tile, 0, 0), m.shift.in_tile::<R>(tile, 0, 0));
+    let (means, rates) = moments::<S, R>(x, count, m.width, mask, m.eps[0]);
+    for i in 0..count {
+        for r in 0..R {
+            let at = (i * R + r) * LANES;
+            let n = S::mul(S::sub(S::load(x.add(at)), means[r]), rates[r]);
+            // The padding of scale and shift is zero, and so is what comes out there.
+            S::store(out.add(at), S::fma(n, S::load(scale.add(at)), S::load(shift.add(at))));
+        }
     }
 }
 

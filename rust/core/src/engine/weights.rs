@@ -128,12 +128,18 @@ impl Groups {
     }
 }
 
+/// The byte of 0 in a signed operand of bytes, and the number of byte 0 in one behind a GELU: no GELU is lower.
+pub(super) const ZERO: u8 = 128;
+pub(super) const LOWEST: f32 = -0.17;
+
 /// A linear map as the kernels read it.
 pub(super) struct Packed {
     data: Arc<Vec<Line>>,
     first: usize,
     bias: Vec<Line>,
-    /// Lines of a panel: words of a row.
+    /// Numbers in a word.
+    pub words: usize,
+    /// Lines of a panel: words of a row, and two more where there are four bytes in a word.
     pub stride: usize,
     /// Panels of sixteen outputs.
     pub panels: usize,
@@ -142,8 +148,11 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    /// `words` inputs share a word: 1 keeps them float32, 2 rounds them to bfloat16.
+    /// `words` inputs share a word: 1 keeps them float32, 2 rounds them to bfloat16, 4 to int8.
     pub fn new(linear: &Linear, inputs: Groups, outputs: Groups, words: usize) -> Self {
+        if words == 4 {
+            return Self::bytes(linear, inputs, outputs, false);
+        }
         let units = inputs.padded() / LANES / words;
         let (stride, panels) = (units * LANES, outputs.padded() / LANES);
         let mut data = vec![Line::ZERO; stride * panels];
@@ -163,7 +172,40 @@ impl Packed {
                 };
             }
         }
-        Self { data: Arc::new(data), first: 0, bias, stride, panels, units }
+        Self { data: Arc::new(data), first: 0, bias, words, stride, panels, units }
+    }
+
+    /// int8 weights for an operand of bytes, which is signed or comes from a GELU (module `bytes`).
+    pub fn bytes(linear: &Linear, inputs: Groups, outputs: Groups, gelu: bool) -> Self {
+        let units = (inputs.padded() / LANES).div_ceil(4);
+        let (stride, panels) = (units * LANES + 2, outputs.padded() / LANES);
+        let mut data = vec![Line::ZERO; stride * panels];
+        let mut bias = vec![Line::ZERO; panels];
+        for (n, (row, &b)) in linear.weight.chunks_exact(linear.inputs).zip(&linear.bias).enumerate() {
+            let n = outputs.at(n);
+            let (panel, lane) = (n / LANES, n % LANES);
+            let scale = row.iter().fold(0.0_f64, |most, w| most.max(w.abs())) as f32 / 127.0;
+            let mut sum = 0;
+            for (k, &w) in row.iter().enumerate() {
+                let byte = if scale > 0.0 { (w / f64::from(scale)).round().clamp(-127.0, 127.0) as i8 } else { 0 };
+                sum += i32::from(byte);
+                let k = inputs.at(k);
+                let word = &mut data[panel * stride + k / 4].0[lane];
+                *word = f32::from_bits(word.to_bits() | u32::from(byte.cast_unsigned()) << (8 * (k % 4)));
+            }
+            let (start, offset) = if gelu { (0, LOWEST * scale * sum as f32) } else { (-i32::from(ZERO) * sum, 0.0) };
+            bias[panel].0[lane] = b as f32 + offset;
+            data[panel * stride + stride - 2].0[lane] = f32::from_bits(start.cast_unsigned());
+            data[panel * stride + stride - 1].0[lane] = scale;
+        }
+        Self { data: Arc::new(data), first: 0, bias, words: 4, stride, panels, units }
+    }
+
+    /// Adds the bias of `other`, which has as many outputs, to this one's.
+    pub fn add_bias(&mut self, other: &Self) {
+        for (line, other) in self.bias.iter_mut().zip(&other.bias) {
+            line.0.iter_mut().zip(other.0).for_each(|(x, y)| *x += y);
+        }
     }
 
     /// First line of panel `panel`.
