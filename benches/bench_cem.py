@@ -7,15 +7,16 @@ from common import compare
 from lewm._core import Planner
 
 SAMPLES, ITERATIONS, ELITES, HORIZON, WIDTH = 300, 30, 30, 5, 10
+BOUND, MIN_STD = 2.0, 0.05
 
 
 def test_bookkeeping_of_a_paper_size_plan(benchmark):
     """Ours includes a call into Python and a copy of the candidates per iteration: a cost in Rust needs neither."""
     score = np.random.default_rng(0).random((1, SAMPLES))
-    planner = Planner("cem", samples=SAMPLES, iterations=ITERATIONS, elites=ELITES)
+    planner = Planner("cem", samples=SAMPLES, iterations=ITERATIONS, elites=ELITES, min_std=MIN_STD)
     scores = {SAMPLES: score, 1: score[:, :1].copy()}
     mean = np.zeros((1, HORIZON, WIDTH))
-    bound = np.full(WIDTH, 2.0)
+    bound = np.full(WIDTH, BOUND)
 
     def ours():
         return planner.solve(lambda candidates: scores[candidates.shape[1]], mean, low=-bound, high=bound)
@@ -23,14 +24,15 @@ def test_bookkeeping_of_a_paper_size_plan(benchmark):
     costs = torch.from_numpy(score)
 
     def reference():
-        """What the peers' loop does each iteration, for one environment, their host sync included."""
+        """What the peers' loop does each iteration, for one environment, their host sync included; and bounds and floor."""
         mean, std = torch.zeros(1, HORIZON, WIDTH), torch.ones(1, HORIZON, WIDTH)
         for _ in range(ITERATIONS):
             candidates = torch.randn(1, SAMPLES, HORIZON, WIDTH) * std[:, None] + mean[:, None]
             candidates[:, 0] = mean
+            candidates.clamp_(-BOUND, BOUND)
             values, index = torch.topk(costs, ELITES, dim=1, largest=False)
             elites = candidates[torch.arange(1)[:, None], index]
-            mean, std = elites.mean(1), elites.std(1)
+            mean, std = elites.mean(1), elites.std(1).clamp_(min=MIN_STD)
             values.mean(1).tolist()
         return mean
 

@@ -61,6 +61,12 @@ pub trait Lanes: Copy {
             row[at..at + 4].copy_from_slice(four);
         }
     }
+    /// The same for the columns `at .. at + 8`.
+    #[inline(always)]
+    fn store_two(self, x: [[Self::F; 4]; 2], rows: &mut [f32], width: usize, at: usize) {
+        self.store(x[0], rows, width, at);
+        self.store(x[1], rows, width, at + 4);
+    }
 }
 
 /// Lanes as arrays, for any processor. NEON has all of these operations, and the compiler finds them.
@@ -299,15 +305,7 @@ mod x86 {
             }}
             store(self, x: [__m512; 4], rows: &mut [f32], width: usize, at: usize) -> () {{
                 assert!(at + 4 <= width && rows.len() == 16 * width);
-                let [a, b, c, d] = x;
-                let (ab, cd) = (_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d)));
-                let (ef, gh) = (_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d)));
-                let quads = [
-                    _mm512_unpacklo_pd(ab, cd),
-                    _mm512_unpackhi_pd(ab, cd),
-                    _mm512_unpacklo_pd(ef, gh),
-                    _mm512_unpackhi_pd(ef, gh),
-                ];
+                let quads = transpose(x);
                 let first = rows.as_mut_ptr().add(at);
                 for i in 0..4 {
                     let quad = _mm512_castpd_ps(quads[i]); // rows i, i + 4, i + 8, i + 12
@@ -317,7 +315,35 @@ mod x86 {
                     _mm_storeu_ps(first.add((i + 12) * width), _mm512_extractf32x4_ps::<3>(quad));
                 }
             }}
+            store_two(self, x: [[__m512; 4]; 2], rows: &mut [f32], width: usize, at: usize) -> () {{
+                assert!(at + 8 <= width && rows.len() == 16 * width);
+                let (a, b) = (transpose(x[0]), transpose(x[1]));
+                let (lower, upper) =
+                    (_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15));
+                let first = rows.as_mut_ptr().add(at);
+                for i in 0..4 {
+                    let two = _mm512_permutex2var_pd(a[i], lower, b[i]); // rows i and i + 4
+                    let more = _mm512_permutex2var_pd(a[i], upper, b[i]); // rows i + 8 and i + 12
+                    _mm256_storeu_ps(first.add(i * width), half::<0>(two));
+                    _mm256_storeu_ps(first.add((i + 4) * width), half::<1>(two));
+                    _mm256_storeu_ps(first.add((i + 8) * width), half::<0>(more));
+                    _mm256_storeu_ps(first.add((i + 12) * width), half::<1>(more));
+                }
+            }}
         }
+    }
+
+    #[inline(always)]
+    unsafe fn half<const I: i32>(x: __m512d) -> __m256 {
+        _mm256_castpd_ps(_mm512_extractf64x4_pd::<I>(x))
+    }
+
+    /// Four numbers of sixteen rows: of the rows i, i + 4, i + 8 and i + 12, for i from 0 to 3.
+    #[inline(always)]
+    unsafe fn transpose([a, b, c, d]: [__m512; 4]) -> [__m512d; 4] {
+        let (ab, cd) = (_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d)));
+        let (ef, gh) = (_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d)));
+        [_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd), _mm512_unpacklo_pd(ef, gh), _mm512_unpackhi_pd(ef, gh)]
     }
 
     impl Lanes for Avx2 {

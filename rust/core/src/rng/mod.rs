@@ -32,6 +32,7 @@
 mod lanes;
 
 use std::f32::consts::LN_2;
+use std::ops::Range;
 
 use crate::Error;
 use lanes::{Lanes, Portable};
@@ -99,29 +100,37 @@ fn schedule(mut key: [u32; 2]) -> [[u32; 2]; 10] {
     keys
 }
 
-/// Philox of counters that differ in their second word only, which `samples` holds, for two first words.
+/// What the first three rounds leave for the lanes, all samples alike: of one block, with the words that are the same in
+/// all lanes computed once.
+///
+/// A zero stands for a word that differs between lanes; the exclusive or of what is here with what comes from it follows.
+fn uniform(c0: u32, [c2, c3]: [u32; 2], keys: &[[u32; 2]; 10]) -> [u32; 4] {
+    let [_, a1, a2, a3] = round([c0, 0, c2, c3], keys[0]);
+    let [b0, b1, b2, _] = round([0, a1, a2, a3], keys[1]);
+    let [_, _, d2, d3] = round([b0, 0, 0, 0], keys[2]);
+    [b2, b1 ^ keys[2][0], d2, d3]
+}
+
+/// Philox of counters that differ in their second word only, of K blocks. `products` are what the second round makes of
+/// the samples, the same in all blocks.
 ///
 /// Words stay in 64-bit lanes whose upper halves are left as they come: only the lower halves are ever multiplied or kept.
 #[inline(always)]
-fn philox_lanes<V: Lanes>(
+fn philox_lanes<V: Lanes, const K: usize>(
     v: V,
-    c0: [u32; 2],
-    [c2, c3]: [u32; 2],
-    samples: [V::W; 2],
+    uniform: &[[u32; 4]; K],
+    products: [V::W; 2],
     keys: &[[u32; 2]; 10],
-) -> [[V::I; 4]; 2] {
+) -> [[V::I; 4]; K] {
     // Loops and no closures: a closure is not always compiled into the function that has the instructions.
     let m = (v.wide(MULTIPLIERS[0]), v.wide(MULTIPLIERS[1]));
-    let mut state = [[v.wide(0); 4]; 4];
-    for i in 0..4 {
-        // Two rounds and half of the third are the same in every lane where no sample has reached yet. A zero stands for
-        // a word that differs between lanes, and `s0` still misses the exclusive or with its sample.
-        let [s0, a1, a2, a3] = round([c0[i / 2], 0, c2, c3], keys[0]);
-        let [b0, b1, b2, _] = round([0, a1, a2, a3], keys[1]);
-        let [_, _, d2, d3] = round([b0, 0, 0, 0], keys[2]);
-        let p0 = v.multiply(m.0, v.xor(v.wide(s0), samples[i % 2]));
-        let p1 = v.multiply(m.1, v.xor(v.upper(p0), v.wide(b2)));
-        state[i] = [v.xor(v.upper(p1), v.wide(b1 ^ keys[2][0])), p1, v.xor(p0, v.wide(d2)), v.wide(d3)];
+    let mut state = [[[v.wide(0); 4]; 2]; K];
+    for i in 0..K {
+        let [b2, d0, d2, d3] = uniform[i];
+        for j in 0..2 {
+            let p1 = v.multiply(m.1, v.xor(v.upper(products[j]), v.wide(b2)));
+            state[i][j] = [v.xor(v.upper(p1), v.wide(d0)), p1, v.xor(products[j], v.wide(d2)), v.wide(d3)];
+        }
     }
     state = round_lanes(v, m, state, keys[3]);
     state = round_lanes(v, m, state, keys[4]);
@@ -130,24 +139,31 @@ fn philox_lanes<V: Lanes>(
     state = round_lanes(v, m, state, keys[7]);
     state = round_lanes(v, m, state, keys[8]);
     state = round_lanes(v, m, state, keys[9]);
-    let mut words = [[v.int(0); 4]; 2];
-    for i in 0..2 {
+    let mut words = [[v.int(0); 4]; K];
+    for i in 0..K {
         for j in 0..4 {
-            words[i][j] = v.join(state[2 * i][j], state[2 * i + 1][j]);
+            words[i][j] = v.join(state[i][0][j], state[i][1][j]);
         }
     }
     words
 }
 
-/// One round on four vectors of counters, which take turns because each waits for itself.
+/// One round on some vectors of counters, which take turns because each waits for itself.
 #[inline(always)]
-fn round_lanes<V: Lanes>(v: V, m: (V::W, V::W), state: [[V::W; 4]; 4], key: [u32; 2]) -> [[V::W; 4]; 4] {
+fn round_lanes<V: Lanes, const K: usize>(
+    v: V,
+    m: (V::W, V::W),
+    state: [[[V::W; 4]; 2]; K],
+    key: [u32; 2],
+) -> [[[V::W; 4]; 2]; K] {
     let (k0, k1) = (v.wide(key[0]), v.wide(key[1]));
     let mut out = state;
-    for i in 0..4 {
-        let [c0, c1, c2, c3] = state[i];
-        let (p0, p1) = (v.multiply(m.0, c0), v.multiply(m.1, c2));
-        out[i] = [v.xor3(v.upper(p1), c1, k0), p1, v.xor3(v.upper(p0), c3, k1), p0];
+    for i in 0..K {
+        for j in 0..2 {
+            let [c0, c1, c2, c3] = state[i][j];
+            let (p0, p1) = (v.multiply(m.0, c0), v.multiply(m.1, c2));
+            out[i][j] = [v.xor3(v.upper(p1), c1, k0), p1, v.xor3(v.upper(p0), c3, k1), p0];
+        }
     }
     out
 }
@@ -163,53 +179,61 @@ const COS: [f32; 4] = [-1.233_700_5, 0.253_669_23, -0.020_860_288, 0.000_904_021
 /// The bits of sqrt(1/2).
 const ROOT: u32 = 0x3F35_04F3;
 
-/// Polynomials of K vectors in step, so that their chains of dependent operations overlap.
+/// Polynomials of vectors in step, so that their chains of dependent operations overlap.
 #[inline(always)]
-fn horner<V: Lanes, const N: usize, const K: usize>(v: V, x: &[V::F; K], coefficients: &[f32; N]) -> [V::F; K] {
-    let mut sum = [v.float(coefficients[N - 1]); K];
+fn horner<V: Lanes, const N: usize, const K: usize>(
+    v: V,
+    x: &[[V::F; 2]; K],
+    coefficients: &[f32; N],
+) -> [[V::F; 2]; K] {
+    let mut sum = [[v.float(coefficients[N - 1]); 2]; K];
     for c in coefficients[..N - 1].iter().rev() {
         let c = v.float(*c);
         for k in 0..K {
-            sum[k] = v.fma(sum[k], x[k], c);
+            for j in 0..2 {
+                sum[k][j] = v.fma(sum[k][j], x[k][j], c);
+            }
         }
     }
     sum
 }
 
-/// Box-Muller of the module's documentation: K times the words of `u` and `v` to `n0` and `n1`.
+/// Box-Muller of the module's documentation: K times four words to four values.
 #[inline(always)]
-fn box_muller<V: Lanes, const K: usize>(v: V, w0: &[V::I; K], w1: &[V::I; K]) -> [[V::F; 2]; K] {
-    let (mut bits, mut f) = ([v.int(0); K], [v.float(0.0); K]);
+fn box_muller<V: Lanes, const K: usize>(v: V, words: &[[V::I; 4]; K]) -> [[V::F; 4]; K] {
+    let (mut bits, mut f) = ([[v.int(0); 2]; K], [[v.float(0.0); 2]; K]);
     let (mut x, mut y) = (f, f);
     for k in 0..K {
-        // 2^24 u = 2^e m with m = 1 + f in [sqrt(1/2), sqrt(2)); the subtraction takes the 24 off e, too.
-        let u = v.to_float(v.add(v.shift_right_8(w0[k]), v.int(1)));
-        bits[k] = v.add(v.bits(u), v.int((ROOT + (24 << 23)).wrapping_neg()));
-        let m = v.as_float(v.add(v.and(bits[k], v.int((1 << 23) - 1)), v.int(ROOT)));
-        f[k] = v.fma(m, v.float(1.0), v.float(-1.0));
-    }
-    for k in 0..K {
-        // v in quarters of a turn from the nearest whole one: x in [-1/2, 1/2).
-        let v32 = v.to_float(v.and(v.shift_left_2(w1[k]), v.int(!1023)));
-        x[k] = v.times(v32, v.float(1.0 / (1_u64 << 32) as f32));
-        y[k] = v.times(x[k], x[k]);
+        for j in 0..2 {
+            // 2^24 u = 2^e m with m = 1 + f in [sqrt(1/2), sqrt(2)); the subtraction takes the 24 off e, too.
+            let u = v.to_float(v.add(v.shift_right_8(words[k][2 * j]), v.int(1)));
+            bits[k][j] = v.add(v.bits(u), v.int((ROOT + (24 << 23)).wrapping_neg()));
+            let m = v.as_float(v.add(v.and(bits[k][j], v.int((1 << 23) - 1)), v.int(ROOT)));
+            f[k][j] = v.fma(m, v.float(1.0), v.float(-1.0));
+            // v in quarters of a turn from the nearest whole one: x in [-1/2, 1/2).
+            let v32 = v.to_float(v.and(v.shift_left_2(words[k][2 * j + 1]), v.int(!1023)));
+            x[k][j] = v.times(v32, v.float(1.0 / (1_u64 << 32) as f32));
+            y[k][j] = v.times(x[k][j], x[k][j]);
+        }
     }
     let log = horner(v, &f, &LOG);
     let sin = horner(v, &y, &SIN);
     let cos = horner(v, &y, &COS);
-    let mut out = [[v.float(0.0); 2]; K];
+    let mut out = [[v.float(0.0); 4]; K];
     for k in 0..K {
-        // -2 ln u
-        let log = v.fma(v.times(f[k], f[k]), log[k], v.times(f[k], v.float(-2.0)));
-        let e = v.to_float(v.shift_right_23(bits[k]));
-        let radius = v.sqrt(v.fma(e, v.float(-2.0 * LN_2), log));
-        let sin = v.times(x[k], sin[k]);
-        let cos = v.fma(y[k], cos[k], v.float(1.0));
-        // The nearest quarter is in the upper two bits: odd ones swap sine and cosine, the other bit and what a quarter
-        // more would carry into it are their signs.
-        let t = v.add(w1[k], v.int(1 << 29));
-        out[k][0] = v.times(radius, v.flip(v.pick(t, cos, sin), v.add(t, v.int(1 << 30))));
-        out[k][1] = v.times(radius, v.flip(v.pick(t, sin, cos), t));
+        for j in 0..2 {
+            // -2 ln u
+            let log = v.fma(v.times(f[k][j], f[k][j]), log[k][j], v.times(f[k][j], v.float(-2.0)));
+            let e = v.to_float(v.shift_right_23(bits[k][j]));
+            let radius = v.sqrt(v.fma(e, v.float(-2.0 * LN_2), log));
+            let sin = v.times(x[k][j], sin[k][j]);
+            let cos = v.fma(y[k][j], cos[k][j], v.float(1.0));
+            // The nearest quarter is in the upper two bits: odd ones swap sine and cosine, the other bit and what a
+            // quarter more would carry into it are their signs.
+            let t = v.add(words[k][2 * j + 1], v.int(1 << 29));
+            out[k][2 * j] = v.times(radius, v.flip(v.pick(t, cos, sin), v.add(t, v.int(1 << 30))));
+            out[k][2 * j + 1] = v.times(radius, v.flip(v.pick(t, sin, cos), t));
+        }
     }
     out
 }
@@ -228,54 +252,83 @@ fn draw_lanes<V: Lanes, T: Out>(
     out: &mut [T],
 ) -> usize {
     let keys = schedule([key.seed as u32, (key.seed >> 32) as u32]);
-    let mut values = [[v.float(0.0); 4]; CHUNK];
+    let m0 = v.wide(MULTIPLIERS[0]);
+    let [s0, ..] = round([0, 0, key.plan, 0], keys[0]);
     let mut clipped = 0;
-    for (group, rows) in out.chunks_mut(V::LANES * width).enumerate() {
-        let samples = v.counters(first + (group * V::LANES) as u32);
-        let mut moved = v.int(0);
-        let full = rows.len() == V::LANES * width;
-        for from in (0..width.div_ceil(4)).step_by(CHUNK) {
-            let blocks = CHUNK.min(width.div_ceil(4) - from);
-            let pairs = &mut values.as_chunks_mut::<2>().0[..blocks.div_ceil(2)];
-            for (pair, [a, b]) in pairs.iter_mut().enumerate() {
-                let c0 = key.iteration << 16 | (from + 2 * pair) as u32;
-                let words = philox_lanes(v, [c0, c0 + 1], [key.plan, key.env_id], samples, &keys);
-                for i in 0..4 {
-                    (a[i], b[i]) = (v.as_float(words[0][i]), v.as_float(words[1][i]));
+    for from in (0..width).step_by(4 * CHUNK) {
+        let columns = from..width.min(from + 4 * CHUNK);
+        let blocks = columns.len().div_ceil(4);
+        let mut uniforms = [[0; 4]; CHUNK];
+        for (block, uniform_of) in uniforms[..blocks].iter_mut().enumerate() {
+            let c0 = key.iteration << 16 | (from / 4 + block) as u32;
+            *uniform_of = uniform(c0, [key.plan, key.env_id], &keys);
+        }
+        let affine = affine.map(
+            #[inline(always)]
+            |affine| affine.blocks(columns.clone()),
+        );
+        let mut words = [[v.int(0); 4]; CHUNK];
+        let mut values = [[v.float(0.0); 4]; CHUNK];
+        for (group, rows) in out.chunks_mut(V::LANES * width).enumerate() {
+            let samples = v.counters(first + (group * V::LANES) as u32);
+            let mut products = samples;
+            for product in &mut products {
+                *product = v.multiply(m0, v.xor(v.wide(s0), *product));
+            }
+            // In pairs, which have more to do side by side.
+            let pairs = blocks.div_ceil(2);
+            for (words, uniform) in words.as_chunks_mut::<2>().0[..pairs].iter_mut().zip(uniforms.as_chunks().0) {
+                *words = philox_lanes(v, uniform, products, &keys);
+            }
+            for (values, words) in values.as_chunks_mut::<2>().0[..pairs].iter_mut().zip(words.as_chunks().0) {
+                *values = box_muller(v, words);
+            }
+            let mut moved = v.int(0);
+            if let Some(affine) = &affine {
+                for (values, [mean, std, low, high]) in values[..blocks].iter_mut().zip(affine) {
+                    for i in 0..4 {
+                        let free = v.fma(values[i], v.float(std[i]), v.float(mean[i]));
+                        values[i] = v.clamp(free, v.float(low[i]), v.float(high[i]), &mut moved);
+                    }
                 }
             }
-            for [a, b] in pairs {
-                let w0 = [v.bits(a[0]), v.bits(a[2]), v.bits(b[0]), v.bits(b[2])];
-                let w1 = [v.bits(a[1]), v.bits(a[3]), v.bits(b[1]), v.bits(b[3])];
-                let [[a0, a1], [a2, a3], [b0, b1], [b2, b3]] = box_muller(v, &w0, &w1);
-                (*a, *b) = ([a0, a1, a2, a3], [b0, b1, b2, b3]);
-            }
-            let span = 4 * from..width.min(4 * (from + CHUNK));
-            if let Some(Affine { mean, std, low, high }) = affine {
-                let values = values.as_flattened_mut().iter_mut().zip(&mean[span.clone()]).zip(&std[span.clone()]);
-                for ((((x, &mean), &std), &low), &high) in values.zip(&low[span.clone()]).zip(&high[span.clone()]) {
-                    let free = v.fma(*x, v.float(std), v.float(mean));
-                    *x = v.clamp(free, v.float(low), v.float(high), &mut moved);
+            let mut at = from;
+            if let (true, Some(rows)) = (rows.len() == V::LANES * width, T::single(rows)) {
+                for two in values.as_chunks().0 {
+                    if at + 8 > columns.end {
+                        break;
+                    }
+                    v.store_two(*two, rows, width, at);
+                    at += 8;
                 }
             }
-            for (values, at) in values[..blocks].iter().zip(span.clone().step_by(4)) {
-                let left = span.end - at;
-                if let (4.., true, Some(rows)) = (left, full, T::single(rows)) {
-                    v.store(*values, rows, width, at);
-                    continue;
-                }
+            for values in &values[(at - from) / 4..blocks] {
                 let four = v.rows(*values);
-                match left {
+                match columns.end - at {
                     1 => put::<1, T>(rows, width, at, four.as_ref()),
                     2 => put::<2, T>(rows, width, at, four.as_ref()),
                     3 => put::<3, T>(rows, width, at, four.as_ref()),
                     _ => put::<4, T>(rows, width, at, four.as_ref()),
                 }
+                at += 4;
             }
+            clipped += v.sum(moved, rows.len() / width);
         }
-        clipped += v.sum(moved, rows.len() / width);
     }
     clipped
+}
+
+impl Affine<'_, f32> {
+    /// Mean, standard deviation and bounds of some columns in blocks of four; where there is no column, what moves nothing.
+    fn blocks(&self, columns: Range<usize>) -> [[[f32; 4]; 4]; CHUNK] {
+        let mut blocks = [[[0.0; 4], [0.0; 4], [f32::NEG_INFINITY; 4], [f32::INFINITY; 4]]; CHUNK];
+        for (i, values) in [self.mean, self.std, self.low, self.high].into_iter().enumerate() {
+            for (j, &value) in values[columns.clone()].iter().enumerate() {
+                blocks[j / 4][i][j % 4] = value;
+            }
+        }
+        blocks
+    }
 }
 
 /// float32 or float64: what noise is written as.
@@ -446,7 +499,7 @@ mod tests {
     /// The largest error of `box_muller` over these words.
     fn worst(words: impl Iterator<Item = [u32; 2]>) -> f64 {
         words.fold(0.0, |worst, [w0, w1]| {
-            let [[n0, n1]] = box_muller(Portable, &[[w0; 8]], &[[w1; 8]]);
+            let [[n0, n1, ..]] = box_muller(Portable, &[[[w0; 8], [w1; 8], [0; 8], [0; 8]]]);
             let [want0, want1, ..] = normals([w0, w1, 0, 0]);
             f64::max(worst, (f64::from(n0[0]) - want0).abs().max((f64::from(n1[0]) - want1).abs()))
         })
@@ -459,8 +512,8 @@ mod tests {
         for i in 0..1_u32 << 21 {
             // Eight at once, or this would take minutes.
             let lanes: [u32; 8] = std::array::from_fn(|lane| (8 * i + lane as u32) << 8);
-            let [[cos, _]] = box_muller(Portable, &[lanes], &[[0; 8]]);
-            let [[n0, n1]] = box_muller(Portable, &[[0; 8]], &[lanes]);
+            let [[cos, ..]] = box_muller(Portable, &[[lanes, [0; 8], [0; 8], [0; 8]]]);
+            let [[.., n0, n1]] = box_muller(Portable, &[[[0; 8], [0; 8], [0; 8], lanes]]);
             let largest = (48.0 * std::f64::consts::LN_2).sqrt();
             for (lane, word) in lanes.into_iter().enumerate() {
                 let unit = 2_f64.powi(-24);
@@ -533,7 +586,10 @@ mod tests {
 
     #[test]
     fn extreme_words_give_finite_normals() {
-        let normal = |w0: u32, w1: u32| box_muller(Portable, &[[w0; 8]], &[[w1; 8]])[0].map(|n| n[0]);
+        let normal = |w0: u32, w1: u32| {
+            let [[n0, n1, ..]] = box_muller(Portable, &[[[w0; 8], [w1; 8], [0; 8], [0; 8]]]);
+            [n0[0], n1[0]]
+        };
         let largest = normal(0, 0)[0];
         assert!((f64::from(largest) - (48.0 * 2_f64.ln()).sqrt()).abs() < 1e-6);
         assert!((normal(0, 1 << 31)[0] + largest).abs() < 1e-6, "v = 1/2 is the other side");
