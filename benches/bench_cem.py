@@ -24,7 +24,7 @@ def test_bookkeeping_of_a_paper_size_plan(benchmark):
     costs = torch.from_numpy(score)
 
     def reference():
-        """What the peers' loop does each iteration, for one environment, their host sync included; and bounds and floor."""
+        """What the peers' loop does each iteration for one environment, host sync included; and bounds and a floor."""
         mean, std = torch.zeros(1, HORIZON, WIDTH), torch.ones(1, HORIZON, WIDTH)
         for _ in range(ITERATIONS):
             candidates = torch.randn(1, SAMPLES, HORIZON, WIDTH) * std[:, None] + mean[:, None]
