@@ -363,7 +363,7 @@ def preset_rows(rows: Rows, preset: str, trained: Path | None, python: str | Non
                 peer = None
                 print(f"{python}: {error}; {MISSING}", file=sys.stderr)
         for planner in planners:
-            rounds = (2, 1) if quick else (5, 3) if preset == "paper" else (15, 5)
+            rounds = (2, 1) if quick else (5, 5) if preset == "paper" else (15, 5)
             measure(rows, preset, models, planner, peer, rounds, batch, pictures)
     finally:
         if peer:
