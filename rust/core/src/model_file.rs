@@ -72,12 +72,13 @@ pub fn parse(source: &mut impl Read, length: u64) -> io::Result<ModelFile> {
     if declared as u64 != held {
         return Err(invalid(format!("its header declares {declared} bytes of tensors and {held} follow")));
     }
-    let tensor = |name: String| {
-        let info = header.info(&name).expect("a name of its own");
+    let mut infos: Vec<_> = header.tensors().into_iter().collect();
+    infos.sort_by_key(|(_, info)| info.data_offsets);
+    let mut tensors = Vec::with_capacity(infos.len());
+    for (name, info) in infos {
         let data = take(source, (info.data_offsets.1 - info.data_offsets.0) as u64)?;
-        Ok(Tensor { dtype: info.dtype, shape: info.shape.clone(), data, name })
-    };
-    let tensors = header.offset_keys().into_iter().map(tensor).collect::<io::Result<_>>()?;
+        tensors.push(Tensor { name, dtype: info.dtype, shape: info.shape.clone(), data });
+    }
     let lewm = header.metadata().as_ref().and_then(|entries| entries.get("lewm").cloned());
     Ok(ModelFile { lewm, tensors })
 }
@@ -91,4 +92,20 @@ fn take(source: &mut impl Read, count: u64) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(ErrorKind::UnexpectedEof, format!("it ended {} bytes early", count - found)));
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{parse, ErrorKind};
+
+    #[test]
+    fn a_file_that_is_cut_while_it_is_read_is_refused() {
+        let header = br#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+        let file = [&(header.len() as u64).to_le_bytes()[..], header, &[1; 8]].concat();
+        let read = |end: usize| parse(&mut &file[..end], file.len() as u64).map(|file| file.tensors[0].data.len());
+        assert_eq!(read(file.len()).unwrap(), 8);
+        for end in 0..file.len() {
+            assert_eq!(read(end).unwrap_err().kind(), ErrorKind::UnexpectedEof, "{end}");
+        }
+    }
 }
