@@ -311,4 +311,6 @@ def _checked(weights: dict[str, np.ndarray], header: dict[str, Any]) -> ModelCon
             finite = np.isfinite(value.astype(np.float32, copy=False)).all()
         if not finite:
             raise ValueError(f"{name} holds values that are not finite in float32")
+        if name.endswith(".running_var") and (value < 0).any():
+            raise ValueError(f"{name} holds variances below zero")
     return config
