@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 import lewm
 from lewm import trainer
 from lewm._core import StoreWriter
+from lewm.model_file import read_tensors, write_tensors
 
 # The smallest network that still has every part.
 TINY = {"encoder_dim": 16, "encoder_mlp": 32, "encoder_depth": 1, "predictor_dim": 16, "predictor_mlp": 32,
@@ -243,6 +244,33 @@ def test_resume_refuses_another_run(store, tmp_path):
     (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="run to resume"):
         lewm.train(store, steps=5, resume=True, **arguments, **TINY)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path):
+    arguments = {"preset": "tiny", "out": tmp_path / "run", "device": "cpu", "steps": 2, **TINY}
+    lewm.train(store, **arguments)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    tensors, header = read_tensors(path, "a checkpoint")
+    moment = "optimiser.0.exp_avg"
+    for change, lost, text in (
+        ({"step": None}, None, "step must be an integer"),
+        ({"step": 3}, None, "step must be an integer of at least 0 and below 3"),
+        ({"step": 0}, None, "unexpected .optimiser.0.exp_avg, "),
+        ({"seconds": "long"}, None, "could not convert"),
+        ({"metrics": {"loss": "low"}}, None, "must be real number"),
+        ({}, moment, f"1 missing .{moment}"),
+        ({}, "network.predictor.pos_embedding", "1 missing"),
+    ):
+        write_tensors(path, {k: v for k, v in tensors.items() if k != lost}, {**header, **change})
+        with pytest.raises(ValueError, match=rf"run to resume: .*checkpoint\.safetensors is damaged .*{text}"):
+            lewm.train(store, resume=True, **arguments)
+    # Moments of another size than their parameter: the optimiser itself does not look.
+    write_tensors(path, {**tensors, moment: tensors[moment].reshape(-1)[:1]}, header)
+    with pytest.raises(ValueError, match=rf"1 of another shape .{moment}"):
+        lewm.train(store, resume=True, **arguments)
+    write_tensors(path, tensors, {**header, "identity": [1]})
+    with pytest.raises(ValueError, match="was made with preset None"):
+        lewm.train(store, resume=True, **arguments)
 
 
 def test_collapse_is_warned_of_within_200_steps(store, tmp_path):

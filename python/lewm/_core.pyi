@@ -17,6 +17,7 @@ __all__ = [
     "copy_windows",
     "noise",
     "philox",
+    "read_tensors",
     "read_windows",
     "repair_store",
     "verify_store",
@@ -302,6 +303,16 @@ def copy_windows(
     threads: int | None = None,
 ) -> None:
     """`read_windows` of `parts`, contiguous episodes (N, H, W, 3): `index` (B, 2) has (part, start)."""
+
+def read_tensors(
+    path: str | os.PathLike[str],
+) -> tuple[str | None, list[tuple[str, str, list[int], NDArray[np.uint8]]]]:
+    """The `lewm` entry of a safetensors file, and name, dtype, shape and bytes of its tensors.
+
+    Raises:
+        ValueError: It is not a safetensors file.
+        OSError: It cannot be read.
+    """
 
 def verify_store(
     path: str | os.PathLike[str], progress: Callable[[int, int], object] | None = None

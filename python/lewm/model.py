@@ -15,9 +15,7 @@ import numpy as np
 
 from lewm import pixels
 from lewm.config import PRESETS, ModelConfig, configure
-from lewm.model_file import current_names, read_model, write_model
-
-_STATS = ("mean", "std", "low", "high")
+from lewm.model_file import STATS, checked_stats, current_names, read_model, write_model
 
 
 class Model:
@@ -220,7 +218,7 @@ class Model:
         if self.stats is None:
             lines.append("no action statistics: it cannot plan")
         else:
-            rows = zip(*(self.stats[k] for k in _STATS), strict=True)
+            rows = zip(*(self.stats[k] for k in STATS), strict=True)
             lines += [
                 f"action {i}: raw bounds [{low:g}, {high:g}], data mean {mean:.4g}, std {std:.4g}"
                 for i, (mean, std, low, high) in enumerate(rows)
@@ -356,29 +354,3 @@ def current() -> Model:
 
 
 _loaded = functools.lru_cache(maxsize=1)(load)
-
-
-def checked_stats(stats: dict[str, Any], action_dim: int) -> dict[str, np.ndarray]:
-    """Action statistics that a model can plan with: mean, std, low, high, each float64 of shape (action_dim,).
-
-    Raises:
-        ValueError: One is missing, of another shape or not finite, std is not positive, or low is not below high.
-    """
-    missing = [name for name in _STATS if name not in stats]
-    if missing:
-        raise ValueError(f"stats must hold {', '.join(_STATS)}; missing: {', '.join(missing)}")
-    arrays = {name: np.asarray(stats[name], np.float64) for name in _STATS}
-    for name, values in arrays.items():
-        if values.shape != (action_dim,):
-            raise ValueError(
-                f"stats[{name!r}] must have shape ({action_dim},), one per raw action dimension, got {values.shape}"
-            )
-        if not np.isfinite(values).all():
-            raise ValueError(f"stats[{name!r}] must be finite: unbounded actions cannot be planned, got {values}")
-    if (arrays["std"] <= 0).any():
-        raise ValueError(
-            f"stats['std'] must be positive, got {arrays['std']}: a constant action column cannot be planned"
-        )
-    if (arrays["low"] >= arrays["high"]).any():
-        raise ValueError(f"stats['low'] must be below stats['high'], got {arrays['low']} and {arrays['high']}")
-    return arrays

@@ -10,6 +10,12 @@ Tensors carry the official names. The header's `lewm` entry is JSON:
     planner         the planner settings it is meant to be used with
     data            fingerprint of the store it learnt from, environment, collection
     training        configuration, seed, steps, held-out episodes, last diagnostics, versions
+
+A file from elsewhere is refused with one ValueError unless all of it fits: its header, of at most 16 MiB, declares the
+size that the file has; the architecture is within the bounds of `ModelConfig`, and names and shapes of the tensors are
+its; weights are finite in float32 (stored in 16, 32 or 64 bits) and counts int64; statistics are those of a model that
+can plan; every other entry is of its kind. Reading takes as much memory as the file is large, and for the header some
+thirty times its size at most. Nothing is mapped: a file that is cut while it is read is refused too.
 """
 
 from __future__ import annotations
@@ -19,14 +25,18 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lewm import _core
 from lewm.config import ModelConfig
 
 FORMAT_VERSION = 1
+STATS = ("mean", "std", "low", "high")
+_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8"}
 
 # transformers 4 name of each ViT key -> transformers 5 name (the rest of a checkpoint is named alike).
 _V4_TO_V5 = (
@@ -114,15 +124,23 @@ def check_weights(config: ModelConfig, weights: dict[str, Any]) -> None:
     Raises:
         ValueError: Some are missing, unexpected or of another shape; listed by group.
     """
-    want = tensor_shapes(config)
+    check_shapes(tensor_shapes(config), weights, "weights do not fit the architecture")
+
+
+def check_shapes(want: dict[str, tuple[int, ...]], tensors: dict[str, Any], problem: str) -> None:
+    """Checks that `tensors` are those named in `want`, of these shapes; `problem` begins the error's text.
+
+    Raises:
+        ValueError: Some are missing, unexpected or of another shape; listed by group.
+    """
     shapes = [
-        f"{name} {tuple(weights[name].shape)}, want {shape}"
+        f"{name} {tuple(tensors[name].shape)}, want {shape}"
         for name, shape in want.items()
-        if name in weights and tuple(weights[name].shape) != shape
+        if name in tensors and tuple(tensors[name].shape) != shape
     ]
     groups = (
-        (sorted(set(want) - set(weights)), "missing"),
-        (sorted(set(weights) - set(want)), "unexpected"),
+        (sorted(set(want) - set(tensors)), "missing"),
+        (sorted(set(tensors) - set(want)), "unexpected"),
         (shapes, "of another shape"),
     )
     problems = [
@@ -131,7 +149,40 @@ def check_weights(config: ModelConfig, weights: dict[str, Any]) -> None:
         if names
     ]
     if problems:
-        raise ValueError(f"weights do not fit the architecture: {'; '.join(problems)}; want {len(want)} tensors")
+        raise ValueError(f"{problem}: {'; '.join(problems)}; want {len(want)} tensors")
+
+
+def checked_stats(stats: Any, action_dim: int) -> dict[str, np.ndarray]:
+    """Action statistics that a model can plan with: mean, std, low, high, each float64 of shape (action_dim,).
+
+    Raises:
+        ValueError: One is missing, of another shape or not finite, std is not positive, or low is not below high.
+    """
+    missing = [name for name in STATS if not isinstance(stats, Mapping) or name not in stats]
+    if missing:
+        raise ValueError(f"stats must hold {', '.join(STATS)}; missing: {', '.join(missing)}")
+    arrays = {}
+    for name in STATS:
+        try:
+            values = np.asarray(stats[name])
+        except ValueError as error:  # rows of different lengths
+            raise ValueError(f"stats[{name!r}] must be numbers: {error}") from None
+        if values.shape != (action_dim,):
+            raise ValueError(
+                f"stats[{name!r}] must have shape ({action_dim},), one per raw action dimension, got {values.shape}"
+            )
+        if values.dtype.kind not in "fiu":
+            raise ValueError(f"stats[{name!r}] must be numbers, got {values}")
+        arrays[name] = values.astype(np.float64)
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"stats[{name!r}] must be finite: unbounded actions cannot be planned, got {values}")
+    if (arrays["std"] <= 0).any():
+        raise ValueError(
+            f"stats['std'] must be positive, got {arrays['std']}: a constant action column cannot be planned"
+        )
+    if (arrays["low"] >= arrays["high"]).any():
+        raise ValueError(f"stats['low'] must be below stats['high'], got {arrays['low']} and {arrays['high']}")
+    return arrays
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -165,8 +216,6 @@ def read_tensors(path: str | os.PathLike[str], what: str) -> tuple[dict[str, np.
         FileNotFoundError: There is no such file.
         ValueError: It is not a safetensors file, or has no `lewm` header; `what` says what was wanted.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{what}: no such file: {path}")
@@ -175,16 +224,28 @@ def read_tensors(path: str | os.PathLike[str], what: str) -> tuple[dict[str, np.
     if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise ValueError(f"{what}: {path} is a pickle, which can run code when opened; want a .safetensors file")
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("lewm", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{what}: {path} is not a safetensors file of lewm ({error})") from None
-    if not isinstance(header, dict):
+        header, stored = _core.read_tensors(path)
+        tensors = {name: _array(name, *rest) for name, *rest in stored}
+        description = json.loads(header or "null")
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{what}: {path} is not a safetensors file of lewm ({brief(error)})") from None
+    if not isinstance(description, dict):
         raise ValueError(
             f"{what}: {path} is a safetensors file but carries no lewm description; want one that lewm wrote"
         )
-    return tensors, header
+    return tensors, description
+
+
+def _array(name: str, dtype: str, shape: list[int], data: np.ndarray) -> np.ndarray:
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} is of type {dtype}, want one of {', '.join(_DTYPES)}")
+    return data.view(_DTYPES[dtype]).reshape(shape)
+
+
+def brief(error: Exception) -> str:
+    """What an error says, cut where a file from elsewhere made it long."""
+    text = str(error)
+    return text if len(text) <= 500 else f"{text[:500]}..."
 
 
 def write_model(
@@ -224,20 +285,32 @@ def read_model(
         ValueError: It is not a model file of this package, or of a newer format.
     """
     weights, header = read_tensors(path, "model file")
-    version = header.get("format_version")
-    if version != FORMAT_VERSION or "architecture" not in header:
-        raise ValueError(
-            f"model file: {path} has format version {version!r} and keys {sorted(header)}; "
-            f"this release reads model files of format {FORMAT_VERSION}"
-        )
     try:
-        config = ModelConfig(**header["architecture"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model file: {path} describes no model ({error})") from None
-    stats = header.get("stats")
-    if stats is not None:
-        try:
-            stats = {name: np.asarray(stats[name], np.float64) for name in ("mean", "std", "low", "high")}
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"model file: {path} has damaged action statistics ({error!r})") from None
+        config = _checked(weights, header)
+        stats = header.get("stats")
+        if stats is not None:
+            stats = checked_stats(stats, config.action_dim)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"model file: {path} describes no model that this release reads ({brief(error)})") from None
     return weights, config, stats, {k: v for k, v in header.items() if k not in ("architecture", "stats")}
+
+
+def _checked(weights: dict[str, np.ndarray], header: dict[str, Any]) -> ModelConfig:
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"it is of format version {version!r}, want {FORMAT_VERSION}")
+    for name, kind in (("architecture", dict), ("preset", str), ("planner", dict), ("data", dict), ("training", dict)):
+        if not isinstance(header.get(name), kind if name == "architecture" else kind | None):
+            raise ValueError(f"its {name} must be a {kind.__name__}, got {header.get(name)!r}")
+    config = ModelConfig(**header["architecture"])
+    check_weights(config, weights)
+    for name, value in weights.items():
+        if value.dtype.kind != ("i" if name.endswith(".num_batches_tracked") else "f"):
+            raise ValueError(f"{name} is of type {value.dtype}")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(value.astype(np.float32, copy=False)).all()
+        if not finite:
+            raise ValueError(f"{name} holds values that are not finite in float32")
+        if name.endswith(".running_var") and (value < 0).any():
+            raise ValueError(f"{name} holds variances below zero")
+    return config

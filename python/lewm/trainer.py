@@ -27,8 +27,8 @@ from lewm.config import ModelConfig, TrainConfig, configure, preset_named
 from lewm.data import Dataset
 from lewm.loader import Batch, Loader
 from lewm.losses import prediction_loss, sigreg, sigreg_directions
-from lewm.model import Model, checked_stats
-from lewm.model_file import read_tensors, write_atomically, write_tensors
+from lewm.model import Model
+from lewm.model_file import brief, check_shapes, checked_stats, read_tensors, write_atomically, write_tensors
 from lewm.network import LeWM
 from lewm.pixels import resize_area
 from lewm.torch_backend import device_of
@@ -446,25 +446,41 @@ class _Run:
             self._save()  # from now on the run can be resumed, whatever ends it
             return
         tensors, header = read_tensors(checkpoint, "run to resume")
+        before = header.get("identity")
         for name, value in self.identity.items():
-            before = header.get("identity", {}).get(name)
-            if json.loads(json.dumps(value)) != before:
+            had = before.get(name) if isinstance(before, dict) else None
+            if json.loads(json.dumps(value)) != had:
                 raise ValueError(
-                    f"{out} was made with {name} {_difference(before, value)}; start a new run in another folder"
+                    f"{out} was made with {name} {_difference(had, value)}; start a new run in another folder"
                 )
-        self.step, self.seconds, self.metrics = header["step"], header["seconds"], header["metrics"]
-        network = {
-            n.removeprefix("network."): torch.from_numpy(v) for n, v in tensors.items() if n.startswith("network.")
-        }
-        self.network.load_state_dict(network)
+        try:
+            self._restore(tensors, header)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"run to resume: {checkpoint} is damaged ({brief(error)})") from None
+        self._cut_log()
+
+    def _restore(self, tensors: dict[str, np.ndarray], header: dict[str, Any]) -> None:
+        self.step = integer("step", header["step"], 0, self.steps + 1)
+        self.seconds, self.metrics = float(header["seconds"]), dict(header["metrics"])
+        for value in self.metrics.values():
+            math.isfinite(value)  # a number, or an error
+        want = {f"network.{name}": tuple(value.shape) for name, value in self.network.state_dict().items()}
+        for index, parameter in enumerate(self.network.parameters() if self.step else ()):
+            shape = tuple(parameter.shape)
+            want |= {f"optimiser.{index}.{k}": s for k, s in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape))}
+        # The optimiser's kernels would read beyond the end of what is too short.
+        check_shapes(want, tensors, "its tensors are not those of this run")
+        states: dict[str, Any] = {"network": {}, "optimiser": {}}
+        for name, value in tensors.items():
+            part, _, key = name.partition(".")
+            states[part][key] = torch.from_numpy(value)
+        self.network.load_state_dict(states["network"])
         state = self.optimiser.state_dict()
         state["state"] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimiser."):
-                _, index, key = name.split(".")
-                state["state"].setdefault(int(index), {})[key] = torch.from_numpy(value)
+        for name, value in states["optimiser"].items():
+            index, _, key = name.partition(".")
+            state["state"].setdefault(int(index), {})[key] = value
         self.optimiser.load_state_dict(state)
-        self._cut_log()
 
     def _cut_log(self) -> None:
         """Drops the rows that were written after the checkpoint: the resumed run writes them again."""

@@ -6,6 +6,7 @@ mod convert;
 mod engine;
 mod error;
 mod loader;
+mod model_file;
 mod planner;
 mod store;
 
@@ -17,6 +18,8 @@ mod _core {
     use crate::error::StoreError;
     #[pymodule_export]
     use crate::loader::{copy_windows, read_windows, WindowOrder};
+    #[pymodule_export]
+    use crate::model_file::read_tensors;
     #[pymodule_export]
     use crate::planner::{noise, philox, Planner};
     #[pymodule_export]
