@@ -222,7 +222,8 @@ def test_a_lost_link_stops_the_build(sdist, tmp_path):
     shutil.rmtree(broken / "python/lewm/kernels")
     (broken / "python/lewm/kernels").write_text("../../kernels")
     # check instead of build: the guard runs all the same, and the dependencies are not compiled to machine code.
-    done = run("cargo", "check", "--locked", "-p", "lewm-py", cwd=broken, check=False)
+    # In a folder of its own: one that the environment names may know the guard's answer for another checkout.
+    done = run("cargo", "check", "--locked", "-p", "lewm-py", "--target-dir", "target", cwd=broken, check=False)
     assert done.returncode != 0
     assert "this checkout lost its symbolic links" in done.stderr
 
