@@ -15,7 +15,7 @@ A file from elsewhere is refused with one ValueError unless all of it fits: its 
 size that the file has; the architecture is within the bounds of `ModelConfig`, and names and shapes of the tensors are
 its; weights are finite in float32 (stored in 16, 32 or 64 bits) and counts int64; statistics are those of a model that
 can plan; every other entry is of its kind. Reading takes as much memory as the file is large, and for the header some
-thirty times its size at most. Nothing is mapped: a file that is cut while it is read is refused too.
+25 times its size at most. Nothing is mapped: a file that is cut while it is read is refused too.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ use safetensors::tensor::Metadata;
 
 use crate::Error;
 
-/// Bytes that a header may have. Parsing multiplies it: short JSON lists take some thirty times their text.
+/// Bytes that a header may have. Parsing multiplies it: lists of empty lists take 25 times their text.
 pub const LARGEST_HEADER: u64 = 16 << 20;
 
 /// What a file holds.
