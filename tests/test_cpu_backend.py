@@ -1,5 +1,6 @@
 """The CPU engine: parity with the official code and float64 PyTorch, on all instruction sets of this processor."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -294,17 +295,18 @@ def test_a_precision_passes_its_gate_where_actions_matter(official, precision):
 
 @needs_int8
 def test_auto_takes_the_fastest_that_passes(monkeypatch):
-    weights = some_weights(TINY)
+    wide = dataclasses.replace(TINY, predictor_dim=cpu_backend.INT8_WIDTH)
 
-    def taken(fast, passes):
+    def taken(fast, passes, config=wide):
         monkeypatch.setattr(cpu_backend, "is_faster", lambda precision, than, made: (precision, than) in fast)
         monkeypatch.setattr(cpu_backend, "agreement", lambda exact, fast, config: passes.get(fast.precision))
-        return CpuBackend(TINY, weights, "auto").precision
+        return CpuBackend(config, some_weights(config), "auto").precision
 
     good, near, far = (1.0, 1.0), (0.99, 1.0), (1.0, 0.9)
     all_good = {"int8": good, "bfloat16": good}
     both = {("bfloat16", "float32"), ("int8", "bfloat16")}
     assert taken(both, all_good) == "int8"
+    assert taken(both, all_good, TINY) == "bfloat16"
     assert taken(both, {"int8": near, "bfloat16": good}) == "bfloat16"
     assert taken(both, {"int8": far, "bfloat16": near}) == "float32"
     assert taken({("bfloat16", "float32")}, all_good) == "bfloat16"
