@@ -475,3 +475,15 @@ def test_nan_cost_is_named():
 
     with pytest.raises(ValueError, match="got NaN for environment row 1, sample 5, iteration 0"):
         solve(cost, np.zeros((2, 3, 4)), **SMALL)
+
+
+def test_costs_may_come_in_any_order_of_memory():
+    def found(order):
+        def cost(candidates):
+            return np.array((candidates**2).sum((-1, -2)) + np.arange(3)[:, None] * candidates[..., 0, 0], order=order)
+
+        planner = _core.Planner("cem", samples=8, iterations=3, elites=2)
+        return planner.solve(cost, np.zeros((3, 2, 2)), env_ids=[0, 1, 2])
+
+    rows, columns = found("C"), found("F")
+    assert all(np.array_equal(rows[name], columns[name]) for name in rows)

@@ -219,6 +219,8 @@ def test_bad_arguments_are_named():
         made.costs(z, goal, candidates)
     with pytest.raises(ValueError, match="z must be C-contiguous"):
         made.costs(np.zeros((1, 1, 64), np.float32)[..., ::2], goal, candidates)
+    with pytest.raises(ValueError, match="candidates must be C-contiguous"):
+        made.costs(z[:, :1], goal, np.asfortranarray(candidates))
 
 
 def test_every_thread_may_plan_at_the_same_time():

@@ -159,7 +159,11 @@ fn shape_of(z: &PyReadonlyArrayDyn<'_, f32>, candidates: &PyReadonlyArrayDyn<'_,
 }
 
 fn slice<'a, T: Element>(name: &str, array: &'a PyReadonlyArrayDyn<'_, T>) -> Result<&'a [T]> {
-    array.as_slice().map_err(|_| PyValueError::new_err(format!("{name} must be C-contiguous")).into())
+    // A slice is had of a Fortran-ordered array, too.
+    match array.as_slice() {
+        Ok(values) if array.is_c_contiguous() => Ok(values),
+        _ => Err(PyValueError::new_err(format!("{name} must be C-contiguous")).into()),
+    }
 }
 
 fn array<'py, T: Element>(py: Python<'py>, values: Vec<T>, shape: &[usize]) -> Result<Bound<'py, PyArrayDyn<T>>> {

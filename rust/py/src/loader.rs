@@ -7,7 +7,7 @@ use lewm_core::loader;
 use numpy::ndarray::Array2;
 use numpy::{
     IntoPyArray, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray4,
-    PyReadwriteArrayDyn,
+    PyReadwriteArrayDyn, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
@@ -102,6 +102,9 @@ pub fn copy_windows(
     #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
 ) -> Result<()> {
     let size = parts.first().map_or(1, |part| part.as_array().shape()[1..].iter().product());
+    if !parts.iter().all(|part| part.is_c_contiguous()) {
+        return Err(PyValueError::new_err("parts must be C-contiguous").into());
+    }
     let parts = parts.iter().map(|part| part.as_slice().map_err(PyErr::from)).collect::<PyResult<Vec<_>>>()?;
     let [places, starts] = columns(&index)?;
     // A row past the end of anything is refused by the core.
@@ -127,6 +130,9 @@ fn columns(index: &PyReadonlyArray2<'_, i64>) -> Result<[Vec<i64>; 2]> {
 }
 
 fn writable<'py>(out: &Bound<'py, PyArrayDyn<u8>>) -> PyResult<PyReadwriteArrayDyn<'py, u8>> {
+    if !out.is_c_contiguous() {
+        return Err(PyValueError::new_err("out must be C-contiguous"));
+    }
     out.try_readwrite().map_err(|error| PyValueError::new_err(format!("out cannot be written to: {error}")))
 }
 

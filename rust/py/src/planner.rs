@@ -384,7 +384,8 @@ impl<T: Real + Element> Cost<T> for PythonCost {
             let want = [self.envs, samples];
             if let Ok(result) = result.cast::<PyArrayDyn<f64>>() {
                 let result = result.readonly();
-                if let (true, Ok(values)) = (result.shape() == want, result.as_slice()) {
+                let as_wanted = result.shape() == want && result.is_c_contiguous();
+                if let (true, Ok(values)) = (as_wanted, result.as_slice()) {
                     costs.copy_from_slice(values);
                     return Ok(());
                 }
