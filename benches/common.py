@@ -12,6 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from lewm._core import Engine
+
+
+def precisions() -> list[str]:
+    """Those that the CPU engine has on this processor."""
+    return [name for name in ("float32", "bfloat16", "int8") if Engine.instruction_sets(name)]
+
 
 def cpu() -> str:
     """The processor's own name, and how many of its cores this process may use."""

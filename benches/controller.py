@@ -14,20 +14,17 @@ import dataclasses
 import datetime
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from benches.common import cpu, precisions
 
 import lewm
-from lewm._core import Engine
 from lewm.envs.two_room import TwoRoomEnv, frame
 from lewm.evaluation import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-from common import cpu  # noqa: E402 (beside this file, not a package)
 
 # samples, iterations; with float32, the first is what everything is compared with
 BUDGETS = ((100, 10), (64, 8), (32, 5))
@@ -64,8 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     protocol = dataclasses.replace(PROTOCOLS["two-room-25-50"], seed=3, pairs=options.pairs)
     rows, base = [], None
-    precisions = [name for name in ("float32", "bfloat16", "int8") if Engine.instruction_sets(name)]
-    for precision, (samples, iterations) in itertools.product(precisions, BUDGETS):
+    for precision, (samples, iterations) in itertools.product(precisions(), BUDGETS):
         model = lewm.load(options.model, backend="cpu", precision=precision)
         planner = lewm.CEM(samples=samples, iterations=iterations, elites=max(2, samples // 10))
         times = planning_ms(model, planner, options.calls)

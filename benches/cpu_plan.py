@@ -28,17 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benches.common import cpu, precisions
 
 import lewm
-from lewm._core import Engine, Planner, noise
+from lewm._core import Planner, noise
 from lewm.config import PRESETS, ModelConfig, configure
 from lewm.envs.two_room import TwoRoomEnv
 from lewm.model_file import tensor_shapes
+from lewm.pixels import MEAN, STD
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "parity"), str(ROOT / "benches")]
-import rule  # noqa: E402
-from common import cpu  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests" / "parity"))
+import rule  # noqa: E402 (a script of the parity cases, not a package)
 
 THREADS = 2
 STATS = {"mean": [0.0, 0.0], "std": [0.5, 0.5], "low": [-1.0, -1.0], "high": [1.0, 1.0]}
@@ -72,15 +73,6 @@ def plan_flop(config: ModelConfig, planner: lewm.CEM) -> float:
     encode = patches * 3 * c.patch_size**2 * e + c.encoder_depth * layer
     encode += c.projector_hidden * (e + c.embed_dim)
     return 2.0 * (planner.samples * planner.iterations * (predictor + horizon * each_step) + 2 * encode)
-
-
-def precisions() -> list[str]:
-    """Those that the engine has on this processor."""
-    have = []
-    for name in ("float32", "bfloat16", "int8"):
-        with contextlib.suppress(ValueError):  # not one that this version knows
-            have += [name] if Engine.instruction_sets(name) else []
-    return have
 
 
 def weights_of(preset: str) -> tuple[ModelConfig, dict[str, np.ndarray]]:
@@ -185,8 +177,7 @@ class Peer:
 
 
 def _as_the_vit_takes(picture: np.ndarray) -> np.ndarray:
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    return ((picture / 255 - mean) / std).transpose(2, 0, 1).astype(np.float32)
+    return ((picture / 255 - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1).astype(np.float32)
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -247,7 +238,10 @@ def measure(
     free = {count: np.random.default_rng(0).random((1, count)) for count in (1, planner.samples)}
     low, high = models["float32"].bounds()
     start = np.zeros((1, planner.horizon, width))
-    loop = lambda: core.solve(lambda blocks: free[blocks.shape[1]], start, low=low, high=high)  # noqa: E731
+
+    def loop():
+        core.solve(lambda blocks: free[blocks.shape[1]], start, low=low, high=high)
+
     cases["loop"] = (lambda: timed(loop), rounds[0])
 
     for name, model in models.items():  # between the plans, for a clock that drifts
