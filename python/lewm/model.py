@@ -308,7 +308,7 @@ def load(
         backend: "cpu" (the Rust engine), "torch" (PyTorch, the reference), or "auto": torch where it sees a GPU or
             where a device or float64 is asked for, else the CPU.
         precision: "float32"; "bfloat16"; "int8" with cpu; "float64" with torch; or "auto": on "cpu" the fastest of
-            int8, bfloat16 and float32 that ranks candidates as float32 does; on "torch" float32.
+            int8 (wide predictors only), bfloat16 and float32 that ranks candidates as float32 does; on "torch" float32.
         device: A torch device, for "torch" only; CUDA where there is one, else the CPU, when not given.
 
     Raises:
