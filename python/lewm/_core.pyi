@@ -314,6 +314,17 @@ def read_tensors(
         OSError: It cannot be read.
     """
 
+def sigreg_forward(z: NDArray[np.float32], directions: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Writes mean cosines and sines of the projections z (T, B, D) @ directions (D, P) into `out` (T, 2, K - 1, P).
+
+    See `lewm.losses.characteristic_function`. Arrays are C-contiguous; the GIL is released.
+    """
+
+def sigreg_backward(
+    z: NDArray[np.float32], directions: NDArray[np.float32], grad: NDArray[np.float32], out: NDArray[np.float32]
+) -> None:
+    """Writes the gradient of z into `out` (T, B, D), from `grad` (T, 2, K - 1, P), that of `sigreg_forward`'s result."""
+
 def verify_store(
     path: str | os.PathLike[str], progress: Callable[[int, int], object] | None = None
 ) -> tuple[int, int, list[str], list[str]]:
