@@ -187,7 +187,7 @@ Z, U = torch.zeros(2, 3, 4), torch.ones(4, 5)
         ((Z, U[:, :0]), {}, ValueError, r"directions must have shape.*\(4, 0\)"),
         ((Z, U.to("meta")), {}, ValueError, r"directions must be on cpu like z, got meta"),
         ((Z, U), {"knots": 1}, ValueError, r"knots must be at least 2, got 1"),
-        ((Z, U), {"backend": "cuda"}, ValueError, r"backend must be 'auto', 'torch' or 'triton', got 'cuda'"),
+        ((Z, U), {"backend": "cuda"}, ValueError, r"backend must be 'auto', 'rust', 'torch' or 'triton', got 'cuda'"),
     ],
 )
 def test_bad_input(arguments, options, error, message):

@@ -314,16 +314,32 @@ def read_tensors(
         OSError: It cannot be read.
     """
 
-def sigreg_forward(z: NDArray[np.float32], directions: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """Writes mean cosines and sines of the projections z (T, B, D) @ directions (D, P) into `out` (T, 2, K - 1, P).
+def sigreg_forward(
+    z: NDArray[np.float32],
+    directions: NDArray[np.float32],
+    statistic: NDArray[np.float32],
+    ecf: NDArray[np.float32],
+) -> None:
+    """Writes the Epps-Pulley statistic (T, P) and the empirical characteristic function (T, 2, K - 1, P) of z (T, B, D)
+    along directions (D, P), see `lewm.losses`. Arrays are C-contiguous; the GIL is released.
 
-    See `lewm.losses.characteristic_function`. Arrays are C-contiguous; the GIL is released.
+    Raises:
+        ValueError: An array is empty, not contiguous or of another shape; the text names it.
     """
 
 def sigreg_backward(
-    z: NDArray[np.float32], directions: NDArray[np.float32], grad: NDArray[np.float32], out: NDArray[np.float32]
+    z: NDArray[np.float32],
+    directions: NDArray[np.float32],
+    ecf: NDArray[np.float32],
+    statistic_grad: NDArray[np.float32] | None,
+    ecf_grad: NDArray[np.float32] | None,
+    z_grad: NDArray[np.float32],
 ) -> None:
-    """Writes the gradient of z into `out` (T, B, D), from `grad` (T, 2, K - 1, P), that of `sigreg_forward`'s result."""
+    """Writes the gradient of z into `z_grad` (T, B, D), from those of the two results of `sigreg_forward` (None is zero).
+
+    Raises:
+        ValueError: As `sigreg_forward`.
+    """
 
 def verify_store(
     path: str | os.PathLike[str], progress: Callable[[int, int], object] | None = None

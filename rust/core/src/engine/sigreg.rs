@@ -1,9 +1,10 @@
-//! SIGReg on this processor: the empirical characteristic function of random projections, and its gradient.
+//! SIGReg on this processor: Epps-Pulley statistics of random projections, and their gradient.
 //!
 //! For embeddings z (T, B, D), unit directions u (D, P) and projections h = z u, with knots `t_k` = k dt, dt = 3 / (K - 1),
-//! [`forward`] makes the means over b of cos(`t_k` h) and sin(`t_k` h) for k = 1 .. K-1, and [`backward`] the gradient of z from
-//! theirs. With e = exp(i dt h) the terms are e, e^2, ..., e^(K-1): one sine and cosine, then one complex product a knot.
-//! Their sum's derivative with respect to h is the real part of a polynomial in e, for Horner's rule (`kernels/README.md`).
+//! [`forward`] makes the empirical characteristic function, the means `C_k` and `S_k` over b of cos(`t_k` h) and sin(`t_k` h)
+//! for k = 1 .. K-1, and the statistic from it. With e = exp(i dt h) the terms are e, e^2, ..., e^(K-1): one sine and cosine,
+//! then one complex product a knot. [`backward`] evaluates the derivative with respect to h, the real part of a polynomial in
+//! e, by Horner's rule. `kernels/README.md` has the formulas.
 //!
 //! Projections are made for a few rows and columns at a time, and made again by the backward pass; nothing of size (T, B, P)
 //! reaches memory. What does is z and u packed for the products, and the gradient's coefficients.
@@ -45,40 +46,67 @@ pub struct Shape {
 }
 
 impl Shape {
-    fn check(self, z: usize, directions: usize, ecf: usize) -> Result<(), Error> {
+    fn check(self, z: usize, directions: usize, statistic: usize, ecf: usize) -> Result<(), Error> {
         let product = |sizes: &[usize]| sizes.iter().try_fold(1_usize, |all, &size| all.checked_mul(size));
         let Self { steps: t, batch: b, dim: d, directions: p, knots: k } = self;
         let fits = t.min(b).min(d).min(p) > 0
             && k > 1
             && product(&[t, b, d]) == Some(z)
             && product(&[d, p]) == Some(directions)
+            && product(&[t, p]) == Some(statistic)
             && product(&[t, 2, k - 1, p]) == Some(ecf);
         if fits {
             return Ok(());
         }
         Err(Error::Argument(format!(
-            "want z (T, B, D), directions (D, P) and a characteristic function (T, 2, K - 1, P), none of them empty; got {z}, \
-             {directions} and {ecf} numbers for {self:?}"
+            "want z (T, B, D), directions (D, P), statistic (T, P) and characteristic function (T, 2, K - 1, P), none of them \
+             empty; got {z}, {directions}, {statistic} and {ecf} numbers for {self:?}"
         )))
     }
 
     fn dt(self) -> f64 {
         LAST_KNOT / (self.knots - 1) as f64
     }
+
+    /// `phi_k`, the characteristic function of the standard normal, and the weight `w_k` of the quadrature, at knot k.
+    fn normal(self, k: usize) -> (f32, f32) {
+        let normal = (-0.5 * (k as f64 * self.dt()).powi(2)).exp();
+        let ends = if k + 1 == self.knots { 1.0 } else { 2.0 };
+        (normal as f32, (ends * self.dt() * normal) as f32)
+    }
 }
 
-/// The characteristic function (T, 2, K - 1, P) of `z` (T, B, D) along `directions` (D, P): mean cosines, then mean sines.
+/// Writes the statistic (T, P) and the characteristic function (T, 2, K - 1, P), mean cosines, then mean sines, of `z`
+/// (T, B, D) along `directions` (D, P).
 ///
 /// # Errors
 /// [`Error::Argument`]: lengths that do not fit `shape`, or a shape without numbers.
-pub fn forward(shape: Shape, z: &[f32], directions: &[f32], ecf: &mut [f32], pool: &Pool) -> Result<(), Error> {
-    shape.check(z.len(), directions.len(), ecf.len())?;
+pub fn forward(
+    shape: Shape,
+    z: &[f32],
+    directions: &[f32],
+    statistic: &mut [f32],
+    ecf: &mut [f32],
+    pool: &Pool,
+) -> Result<(), Error> {
+    shape.check(z.len(), directions.len(), statistic.len(), ecf.len())?;
     // SAFETY: the processor has these kernels; lengths are checked.
-    unsafe { forward_with(best(), shape, z, directions, ecf, pool) };
+    unsafe { forward_with(best(), shape, z, directions, statistic, ecf, pool) };
     Ok(())
 }
 
-/// The gradient (T, B, D) of `z` from that of its characteristic function (T, 2, K - 1, P).
+/// What [`forward`] made and the gradients of it; one that is absent is zero.
+#[derive(Clone, Copy)]
+pub struct Gradients<'a> {
+    /// The characteristic function (T, 2, K - 1, P).
+    pub ecf: &'a [f32],
+    /// Gradient of the statistic (T, P).
+    pub of_statistic: Option<&'a [f32]>,
+    /// Gradient of the characteristic function.
+    pub of_ecf: Option<&'a [f32]>,
+}
+
+/// Writes the gradient (T, B, D) of `z`.
 ///
 /// # Errors
 /// As [`forward`].
@@ -86,14 +114,16 @@ pub fn backward(
     shape: Shape,
     z: &[f32],
     directions: &[f32],
-    ecf_grad: &[f32],
+    gradients: Gradients,
     z_grad: &mut [f32],
     pool: &Pool,
 ) -> Result<(), Error> {
-    shape.check(z.len(), directions.len(), ecf_grad.len())?;
-    shape.check(z_grad.len(), directions.len(), ecf_grad.len())?;
+    let Gradients { ecf, of_statistic, of_ecf } = gradients;
+    let statistic = of_statistic.map_or(shape.steps * shape.directions, <[f32]>::len);
+    shape.check(z.len(), directions.len(), statistic, ecf.len())?;
+    shape.check(z_grad.len(), directions.len(), statistic, of_ecf.unwrap_or(ecf).len())?;
     // SAFETY: the processor has these kernels; lengths are checked.
-    unsafe { backward_with(best(), shape, z, directions, ecf_grad, z_grad, pool) };
+    unsafe { backward_with(best(), shape, z, directions, gradients, z_grad, pool) };
     Ok(())
 }
 
@@ -104,13 +134,21 @@ fn best() -> &'static Kernels {
 
 /// # Safety
 /// The processor has `k`, which is of float32; the lengths fit `shape`.
-unsafe fn forward_with(k: &Kernels, shape: Shape, z: &[f32], directions: &[f32], ecf: &mut [f32], pool: &Pool) {
+unsafe fn forward_with(
+    k: &Kernels,
+    shape: Shape,
+    z: &[f32],
+    directions: &[f32],
+    statistic: &mut [f32],
+    ecf: &mut [f32],
+    pool: &Pool,
+) {
     let Shape { steps, batch, dim, directions: count, knots } = shape;
     let (tiles, groups, powers) = (batch.div_ceil(k.tile), lines(count) / GROUP, knots - 1);
     let (rows, panels) = (pack_rows(k, shape, z, pool), pack_columns(shape, directions, pool));
-    let ecf = Parts(ecf.as_mut_ptr());
+    let (statistic, ecf) = (Parts(statistic.as_mut_ptr()), Parts(ecf.as_mut_ptr()));
     pool.run(steps * groups, &|task, _| {
-        let (ecf, (step, group)) = (&ecf, (task / groups, task % groups));
+        let (statistic, ecf, (step, group)) = (&statistic, &ecf, (task / groups, task % groups));
         let mut block = vec![Line::ZERO; TILES * k.tile * GROUP];
         let h = Rows { data: block.as_mut_ptr(), tile: k.tile, lines: GROUP };
         let mut sums = vec![Line::ZERO; GROUP * powers * 2];
@@ -120,18 +158,26 @@ unsafe fn forward_with(k: &Kernels, shape: Shape, z: &[f32], directions: &[f32],
             project(k, shape, &rows, first, &panels, group * GROUP, &waves);
             (k.add_powers)(&waves, batch - from * k.tile, &mut sums);
         }
-        for (panel, sums) in sums.chunks_exact(powers * 2).enumerate() {
+        for (panel, sums) in sums.chunks_exact_mut(powers * 2).enumerate() {
             let from = (group * GROUP + panel) * LANES;
-            for (i, sum) in sums.iter().enumerate() {
-                let to = ((step * 2 + i % 2) * powers + i / 2) * count;
-                for (column, sum) in (from..count).zip(sum.0) {
-                    // SAFETY: every column of a time step is one task's.
-                    *ecf.0.add(to + column) = sum / batch as f32;
+            let columns = LANES.min(count.saturating_sub(from));
+            // SAFETY: every column of a time step is one task's.
+            let write = |line: &Line, to: *mut f32, row: usize| unsafe {
+                std::ptr::copy_nonoverlapping(line.0.as_ptr(), to.add(row * count + from), columns);
+            };
+            let mut total = Line::ZERO;
+            for (i, mean) in sums.iter_mut().enumerate() {
+                let (normal, weight) = shape.normal(i / 2 + 1);
+                let normal = if i % 2 == 0 { normal } else { 0.0 };
+                for (mean, total) in mean.0.iter_mut().zip(&mut total.0) {
+                    *mean /= batch as f32;
+                    *total += batch as f32 * weight * (*mean - normal).powi(2);
                 }
+                write(mean, ecf.0, (step * 2 + i % 2) * powers + i / 2);
             }
+            write(&total, statistic.0, step);
         }
     });
-    debug_assert_eq!(rows.len(), steps * tiles * k.tile * lines(dim));
 }
 
 /// # Safety
@@ -141,7 +187,7 @@ unsafe fn backward_with(
     shape: Shape,
     z: &[f32],
     directions: &[f32],
-    ecf_grad: &[f32],
+    gradients: Gradients,
     z_grad: &mut [f32],
     pool: &Pool,
 ) {
@@ -149,7 +195,7 @@ unsafe fn backward_with(
     let (tiles, panels, powers) = (batch.div_ceil(k.tile), lines(count), knots - 1);
     let (rows, columns) = (pack_rows(k, shape, z, pool), pack_columns(shape, directions, pool));
     let turned = pack_turned(shape, directions, pool);
-    let coefficients = pack_coefficients(shape, ecf_grad, pool);
+    let coefficients = pack_coefficients(shape, gradients, pool);
     let most = (steps * tiles / (4 * pool.threads())).clamp(1, MOST_TILES);
     let blocks = tiles.div_ceil(most);
     let z_grad = Parts(z_grad.as_mut_ptr());
@@ -251,15 +297,27 @@ fn pack_turned(shape: Shape, directions: &[f32], pool: &Pool) -> Vec<Line> {
 }
 
 /// Real and imaginary parts of the coefficients `t_k / B (dL/dS_k + i dL/dC_k)`, (T, panels, K - 1, 2).
-fn pack_coefficients(shape: Shape, ecf_grad: &[f32], pool: &Pool) -> Vec<Line> {
-    let (panels, powers) = (lines(shape.directions), shape.knots - 1);
+fn pack_coefficients(shape: Shape, gradients: Gradients, pool: &Pool) -> Vec<Line> {
+    let (panels, powers, count) = (lines(shape.directions), shape.knots - 1, shape.directions);
     fill(pool, shape.steps * panels, powers * 2, &|index, to| {
-        let column = (index % panels * LANES).min(shape.directions);
+        let (step, column) = (index / panels, (index % panels * LANES).min(count));
+        let line = |from: &[f32], row: usize| {
+            let mut line = Line::ZERO;
+            copy(&mut line, &from[row * count + column..(row + 1) * count]);
+            line
+        };
+        let of_statistic = gradients.of_statistic.map_or(Line::ZERO, |grad| line(grad, step));
         for (i, to) in to.iter_mut().enumerate() {
-            let scale = ((i / 2 + 1) as f64 * shape.dt() / shape.batch as f64) as f32;
-            let from = ((index / panels * 2 + 1 - i % 2) * powers + i / 2) * shape.directions;
-            copy(to, &ecf_grad[from + column..from + shape.directions]);
-            to.0.iter_mut().for_each(|x| *x *= scale);
+            let (k, sine) = (i / 2 + 1, i % 2 == 0);
+            let (normal, weight) = shape.normal(k);
+            let (normal, slope) = (if sine { 0.0 } else { normal }, 2.0 * shape.batch as f32 * weight);
+            let scale = (k as f64 * shape.dt() / shape.batch as f64) as f32;
+            let row = (step * 2 + usize::from(sine)) * powers + k - 1;
+            let of_ecf = gradients.of_ecf.map_or(Line::ZERO, |grad| line(grad, row));
+            let ecf = if gradients.of_statistic.is_some() { line(gradients.ecf, row) } else { Line::ZERO };
+            for lane in 0..LANES {
+                to.0[lane] = scale * (slope * of_statistic.0[lane] * (ecf.0[lane] - normal) + of_ecf.0[lane]);
+            }
         }
     })
 }
