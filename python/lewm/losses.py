@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 from lewm import _core
 
 LAST_KNOT = 3.0  # the official code integrates over [0, 3] (the paper's text says [0.2, 4])
-_CHUNK = 1 << 18  # projections handled at once on the PyTorch path: about 8 MB of work space, near the size of an L2 cache
+_CHUNK = (
+    1 << 18
+)  # projections handled at once on the PyTorch path: about 8 MB of work space, near the size of an L2 cache
 
 
 def prediction_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

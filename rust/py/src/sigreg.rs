@@ -94,12 +94,14 @@ fn writable<'py>(name: &str, array: &Bound<'py, PyArrayDyn<f32>>) -> PyResult<Py
     array.try_readwrite().map_err(|error| PyValueError::new_err(format!("{name} cannot be written to: {error}")))
 }
 
+// `as_slice` takes Fortran's order too.
 fn slice<'a>(name: &str, array: &'a PyReadonlyArrayDyn<'_, f32>) -> PyResult<&'a [f32]> {
-    array.as_slice().map_err(|_| not_contiguous(name))
+    array.as_slice().ok().filter(|_| array.is_c_contiguous()).ok_or_else(|| not_contiguous(name))
 }
 
 fn slice_mut<'a>(name: &str, array: &'a mut PyReadwriteArrayDyn<'_, f32>) -> PyResult<&'a mut [f32]> {
-    array.as_slice_mut().map_err(|_| not_contiguous(name))
+    let ordered = array.is_c_contiguous();
+    array.as_slice_mut().ok().filter(|_| ordered).ok_or_else(|| not_contiguous(name))
 }
 
 fn not_contiguous(name: &str) -> PyErr {

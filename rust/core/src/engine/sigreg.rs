@@ -143,7 +143,7 @@ unsafe fn forward_with(
     ecf: &mut [f32],
     pool: &Pool,
 ) {
-    let Shape { steps, batch, dim, directions: count, knots } = shape;
+    let Shape { steps, batch, directions: count, knots, .. } = shape;
     let (tiles, groups, powers) = (batch.div_ceil(k.tile), lines(count) / GROUP, knots - 1);
     let (rows, panels) = (pack_rows(k, shape, z, pool), pack_columns(shape, directions, pool));
     let (statistic, ecf) = (Parts(statistic.as_mut_ptr()), Parts(ecf.as_mut_ptr()));
@@ -404,7 +404,7 @@ unsafe fn turns<S: Simd, const R: usize>(m: &Waves, tile: usize, panel: usize) -
     (cos, sin)
 }
 
-/// Cosine and sine to 1.5e-7 for |x| up to 1e4; some number of at most about 1 far beyond, NaN for what is not finite.
+/// Cosine and sine to 2e-7 for |x| up to 1e4; some number of at most about 1 far beyond, NaN for what is not finite.
 ///
 /// x is n pi + r with |r| <= pi / 2: pi in three parts (Cody and Waite), then polynomials with the least largest error.
 #[inline(always)]
@@ -439,3 +439,195 @@ unsafe fn polynomial<S: Simd, const N: usize>(x: S::V, coefficients: &[f32; N]) 
 const COS: [f32; 5] = [-2.607_566_2e-7, 2.476_180_8e-5, -1.388_840_3e-3, 4.166_664_2e-2, -0.5];
 /// (sin r - r) / r^3 in powers of r^2, highest first, to 4.6e-9 of sin r.
 const SIN: [f32; 4] = [2.599_903_2e-6, -1.980_654_8e-4, 8.333_016e-3, -0.166_666_57];
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::Random;
+    use super::*;
+
+    // Ones, primes, exact blocks (rows 6, 96 and 48, columns 16, 32 and 128), one past a block.
+    const SHAPES: [(usize, usize, usize, usize); 8] = [
+        (1, 1, 1, 1),
+        (2, 3, 5, 7),
+        (1, 6, 16, 16),
+        (3, 31, 17, 37),
+        (1, 96, 32, 32),
+        (2, 97, 33, 33),
+        (1, 49, 3, 129),
+        (1, 5, 259, 300),
+    ];
+
+    struct Case {
+        shape: Shape,
+        z: Vec<f32>,
+        directions: Vec<f32>,
+        of_statistic: Vec<f32>,
+        of_ecf: Vec<f32>,
+    }
+
+    /// Statistic, characteristic function and gradient.
+    type Results<T> = [Vec<T>; 3];
+
+    impl Case {
+        fn new((steps, batch, dim, directions): (usize, usize, usize, usize), knots: usize) -> Self {
+            let mut random = Random((steps * batch * dim * directions * knots) as u64);
+            Self {
+                shape: Shape { steps, batch, dim, directions, knots },
+                z: random.many(steps * batch * dim, 2.3).iter().map(|x| x + 0.2).collect(),
+                directions: random.many(dim * directions, (3.0 / dim as f64).sqrt()),
+                of_statistic: random.many(steps * directions, 1.0),
+                of_ecf: random.many(steps * 2 * (knots - 1) * directions, 1.0),
+            }
+        }
+
+        fn run(&self, k: &Kernels, threads: usize) -> Results<f32> {
+            let pool = Pool::new(threads);
+            let empty = |count| vec![f32::NAN; count];
+            let (mut statistic, mut ecf, mut grad) =
+                (empty(self.of_statistic.len()), empty(self.of_ecf.len()), empty(self.z.len()));
+            unsafe {
+                forward_with(k, self.shape, &self.z, &self.directions, &mut statistic, &mut ecf, &pool);
+                let gradients =
+                    Gradients { ecf: &ecf, of_statistic: Some(&self.of_statistic), of_ecf: Some(&self.of_ecf) };
+                backward_with(k, self.shape, &self.z, &self.directions, gradients, &mut grad, &pool);
+            }
+            [statistic, ecf, grad]
+        }
+
+        /// The formulas as they are written, in float64.
+        fn exact(&self) -> Results<f64> {
+            let Shape { steps, batch, dim, directions: count, knots } = self.shape;
+            let (mut statistic, mut ecf) = (vec![0.0; self.of_statistic.len()], vec![0.0; self.of_ecf.len()]);
+            let mut grad = vec![0.0; self.z.len()];
+            let n = batch as f64;
+            for (step, p) in (0..steps).flat_map(|step| (0..count).map(move |p| (step, p))) {
+                let u = |d: usize| f64::from(self.directions[d * count + p]);
+                let z = |b: usize, d: usize| f64::from(self.z[(step * batch + b) * dim + d]);
+                let h: Vec<f64> = (0..batch).map(|b| (0..dim).map(|d| z(b, d) * u(d)).sum()).collect();
+                let mut slopes = vec![0.0; batch];
+                for k in 1..knots {
+                    let t = 3.0 * k as f64 / (knots - 1) as f64;
+                    let normal = (-t * t / 2.0).exp();
+                    let weight = normal * 3.0 / (knots - 1) as f64 * if k == knots - 1 { 1.0 } else { 2.0 };
+                    let [at_cos, at_sin] = [0, 1].map(|part| ((step * 2 + part) * (knots - 1) + k - 1) * count + p);
+                    ecf[at_cos] = h.iter().map(|h| (t * h).cos()).sum::<f64>() / n;
+                    ecf[at_sin] = h.iter().map(|h| (t * h).sin()).sum::<f64>() / n;
+                    statistic[step * count + p] += n * weight * ((ecf[at_cos] - normal).powi(2) + ecf[at_sin].powi(2));
+                    let of_statistic = f64::from(self.of_statistic[step * count + p]) * 2.0 * n * weight;
+                    let of_cos = of_statistic * (ecf[at_cos] - normal) + f64::from(self.of_ecf[at_cos]);
+                    let of_sin = of_statistic * ecf[at_sin] + f64::from(self.of_ecf[at_sin]);
+                    for (slope, h) in slopes.iter_mut().zip(&h) {
+                        *slope += t / n * (of_sin * (t * h).cos() - of_cos * (t * h).sin());
+                    }
+                }
+                for (b, d) in (0..batch).flat_map(|b| (0..dim).map(move |d| (b, d))) {
+                    grad[(step * batch + b) * dim + d] += slopes[b] * u(d);
+                }
+            }
+            [statistic, ecf, grad]
+        }
+    }
+
+    fn every() -> impl Iterator<Item = &'static &'static Kernels> {
+        kernels::ALL.iter().filter(|k| k.precision == Precision::Float32 && (k.here)())
+    }
+
+    /// Norm of the difference, of the norm of what is wanted.
+    fn error(got: &[f32], want: &[f64]) -> f64 {
+        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+        norm(&mut got.iter().zip(want).map(|(&got, want)| f64::from(got) - want)) / norm(&mut want.iter().copied())
+    }
+
+    #[test]
+    fn every_instruction_set_computes_the_formula() {
+        for (shape, knots) in SHAPES.iter().flat_map(|&shape| [2, 3, 17, 18].map(|knots| (shape, knots))) {
+            let case = Case::new(shape, knots);
+            let want = case.exact();
+            for k in every() {
+                let got = case.run(k, 2);
+                for (what, (got, want)) in got.iter().zip(&want).enumerate() {
+                    let (error, most) = (error(got, want), [5e-6, 2e-6, 1e-5][what]);
+                    assert!(error < most, "{} {shape:?} K {knots}: result {what} is off by {error}", k.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn large_batches_lose_nothing_and_large_projections_little() {
+        let mut case = Case::new((1, 30_001, 2, 3), 17);
+        assert!(error(&case.run(best(), 1)[1], &case.exact()[1]) < 3e-6);
+        case = Case::new((1, 9, 4, 5), 17);
+        case.z.iter_mut().for_each(|z| *z *= 300.0);
+        for k in every() {
+            let (got, want) = (case.run(k, 1), case.exact());
+            assert!(error(&got[1], &want[1]) < 1e-4, "{}", k.name);
+            assert!(error(&got[2], &want[2]) < 1e-4, "{}", k.name);
+        }
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        let bits = |results: Results<f32>| results.map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+        for k in every() {
+            let case = Case::new((2, 97, 33, 165), 17);
+            let alone = bits(case.run(k, 1));
+            for threads in [1, 2, 3, 8] {
+                assert!(bits(case.run(k, threads)) == alone, "{} on {threads} threads", k.name);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_becomes_nan() {
+        for (k, bad) in every().flat_map(|k| [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].map(|bad| (k, bad))) {
+            let mut case = Case::new((2, 7, 5, 3), 17);
+            case.z[3] = bad;
+            let [statistic, ecf, grad] = case.run(k, 1);
+            assert!(statistic[..3].iter().chain(&ecf[..96]).chain(&grad[..35]).all(|x| x.is_nan()), "{} {bad}", k.name);
+            assert!(statistic[3..].iter().chain(&ecf[96..]).chain(&grad[35..]).all(|x| x.is_finite()));
+        }
+    }
+
+    #[test]
+    fn cosine_and_sine() {
+        let both = |x: f32| {
+            // SAFETY: any processor has these instructions.
+            let (cos, sin) = unsafe { cos_sin::<super::super::simd::Portable>([x; LANES]) };
+            (f64::from(cos[0]), f64::from(sin[0]))
+        };
+        let mut worst = 0.0_f64;
+        for i in -200_000..=200_000 {
+            let x = (f64::from(i) / 20.0 * std::f64::consts::FRAC_PI_2 * 0.637) as f32;
+            let ((cos, sin), exact) = (both(x), f64::from(x));
+            worst = worst.max((cos - exact.cos()).abs()).max((sin - exact.sin()).abs());
+        }
+        assert!(worst < 2e-7, "{worst}");
+        for x in [1e6, 1e8, 1e20, f32::MAX] {
+            let (cos, sin) = both(x);
+            assert!(cos.hypot(sin) < 1.001, "{x}: {cos} {sin}");
+        }
+    }
+
+    #[test]
+    fn lengths_that_do_not_fit_are_refused() {
+        let pool = Pool::new(1);
+        let shape = Shape { steps: 1, batch: 2, dim: 3, directions: 4, knots: 3 };
+        let run = |shape, z: usize, u: usize, statistic: usize, ecf: usize| {
+            forward(shape, &vec![0.0; z], &vec![0.0; u], &mut vec![0.0; statistic], &mut vec![0.0; ecf], &pool)
+        };
+        assert!(run(shape, 6, 12, 4, 16).is_ok());
+        for (z, u, statistic, ecf) in [(5, 12, 4, 16), (6, 11, 4, 16), (6, 12, 5, 16), (6, 12, 4, 15)] {
+            assert!(matches!(run(shape, z, u, statistic, ecf), Err(Error::Argument(_))));
+        }
+        assert!(run(Shape { batch: 0, ..shape }, 0, 12, 4, 16).is_err());
+        assert!(run(Shape { knots: 1, ..shape }, 6, 12, 4, 0).is_err());
+        assert!(run(Shape { knots: usize::MAX, ..shape }, 6, 12, 4, 16).is_err());
+        let gradients = Gradients { ecf: &[0.0; 16], of_statistic: Some(&[0.0; 3]), of_ecf: None };
+        assert!(backward(shape, &[0.0; 6], &[0.0; 12], gradients, &mut [0.0; 6], &pool).is_err());
+        let gradients = Gradients { ecf: &[0.0; 16], of_statistic: None, of_ecf: Some(&[0.0; 15]) };
+        assert!(backward(shape, &[0.0; 6], &[0.0; 12], gradients, &mut [0.0; 6], &pool).is_err());
+        let gradients = Gradients { ecf: &[0.0; 16], of_statistic: None, of_ecf: None };
+        assert!(backward(shape, &[0.0; 6], &[0.0; 12], gradients, &mut [0.0; 5], &pool).is_err());
+    }
+}
