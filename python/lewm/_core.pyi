@@ -20,6 +20,8 @@ __all__ = [
     "read_tensors",
     "read_windows",
     "repair_store",
+    "sigreg_backward",
+    "sigreg_forward",
     "verify_store",
 ]
 
@@ -335,7 +337,7 @@ def sigreg_backward(
     ecf_grad: NDArray[np.float32] | None,
     z_grad: NDArray[np.float32],
 ) -> None:
-    """Writes the gradient of z into `z_grad` (T, B, D), from those of the two results of `sigreg_forward` (None is zero).
+    """Writes the gradient of z into `z_grad` (T, B, D), from those of `sigreg_forward`'s results (None is zero).
 
     Raises:
         ValueError: As `sigreg_forward`.

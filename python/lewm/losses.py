@@ -2,9 +2,9 @@
 
     loss = prediction_loss + lambda * sigreg,   lambda = 0.09 in the official code
 
-`sigreg` runs as one fused Triton kernel on CUDA (`lewm.kernels.sigreg`), in Rust on the CPU (`rust/core/src/engine/sigreg.rs`),
-and as the PyTorch below for float64 and everywhere else: the same mathematics, derived in `kernels/README.md`, and none
-keeps a tensor of size (T, B, P, K).
+`sigreg` runs as one fused Triton kernel on CUDA (`lewm.kernels.sigreg`), in Rust on the CPU (`lewm._core`), and as the
+PyTorch below for float64 and everywhere else: the same mathematics, derived in `kernels/README.md`, and none keeps a
+tensor of size (T, B, P, K).
 """
 
 import importlib.util
@@ -17,9 +17,7 @@ from torch.autograd.function import once_differentiable
 from lewm import _core
 
 LAST_KNOT = 3.0  # the official code integrates over [0, 3] (the paper's text says [0.2, 4])
-_CHUNK = (
-    1 << 18
-)  # projections handled at once on the PyTorch path: about 8 MB of work space, near the size of an L2 cache
+_CHUNK = 1 << 18  # projections handled at once on the PyTorch path: about 8 MB of work space
 
 
 def prediction_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -192,8 +190,8 @@ def _sigreg_cpu_backward(
 ) -> torch.Tensor:
     """Gradient for z from those of the two results of `_sigreg_cpu` (None is zero)."""
     z_grad = torch.empty(z.shape)
-    grads = (None if grad is None else _array(grad) for grad in (statistic_grad, ecf_grad))
-    _core.sigreg_backward(_array(z), _array(directions), _array(ecf), *grads, z_grad.numpy())
+    of_statistic, of_ecf = (None if grad is None else _array(grad) for grad in (statistic_grad, ecf_grad))
+    _core.sigreg_backward(_array(z), _array(directions), _array(ecf), of_statistic, of_ecf, z_grad.numpy())
     return z_grad
 
 

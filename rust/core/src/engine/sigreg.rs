@@ -436,7 +436,7 @@ unsafe fn polynomial<S: Simd, const N: usize>(x: S::V, coefficients: &[f32; N]) 
 }
 
 /// (cos r - 1) / r^2 in powers of r^2, highest first, to 2.4e-10 of cos r.
-const COS: [f32; 5] = [-2.607_566_2e-7, 2.476_180_8e-5, -1.388_840_3e-3, 4.166_664_2e-2, -0.5];
+const COS: [f32; 5] = [-2.607_566_2e-7, 2.476_180_8e-5, -1.388_840_3e-3, 4.166_664e-2, -0.5];
 /// (sin r - r) / r^3 in powers of r^2, highest first, to 4.6e-9 of sin r.
 const SIN: [f32; 4] = [2.599_903_2e-6, -1.980_654_8e-4, 8.333_016e-3, -0.166_666_57];
 
