@@ -68,11 +68,14 @@ impl Shape {
         LAST_KNOT / (self.knots - 1) as f64
     }
 
-    /// `phi_k`, the characteristic function of the standard normal, and the weight `w_k` of the quadrature, at knot k.
-    fn normal(self, k: usize) -> (f32, f32) {
-        let normal = (-0.5 * (k as f64 * self.dt()).powi(2)).exp();
-        let ends = if k + 1 == self.knots { 1.0 } else { 2.0 };
-        (normal as f32, (ends * self.dt() * normal) as f32)
+    /// `phi_k`, the characteristic function of the standard normal, and the weight `w_k` of the quadrature, k = 1 .. K-1.
+    fn normals(self) -> Vec<(f32, f32)> {
+        let normal = |k: usize| {
+            let normal = (-0.5 * (k as f64 * self.dt()).powi(2)).exp();
+            let ends = if k + 1 == self.knots { 1.0 } else { 2.0 };
+            (normal as f32, (ends * self.dt() * normal) as f32)
+        };
+        (1..self.knots).map(normal).collect()
     }
 }
 
@@ -145,7 +148,8 @@ unsafe fn forward_with(
 ) {
     let Shape { steps, batch, directions: count, knots, .. } = shape;
     let (tiles, groups, powers) = (batch.div_ceil(k.tile), lines(count) / GROUP, knots - 1);
-    let (rows, panels) = (pack_rows(k, shape, z, pool), pack_columns(shape, directions, pool));
+    let [rows, panels] = pack(pool, &[packed_rows(k, shape, z), packed_columns(shape, directions)]);
+    let normals = shape.normals();
     let (statistic, ecf) = (Parts(statistic.as_mut_ptr()), Parts(ecf.as_mut_ptr()));
     pool.run(steps * groups, &|task, _| {
         let (statistic, ecf, (step, group)) = (&statistic, &ecf, (task / groups, task % groups));
@@ -167,7 +171,7 @@ unsafe fn forward_with(
             };
             let mut total = Line::ZERO;
             for (i, mean) in sums.iter_mut().enumerate() {
-                let (normal, weight) = shape.normal(i / 2 + 1);
+                let (normal, weight) = normals[i / 2];
                 let normal = if i % 2 == 0 { normal } else { 0.0 };
                 for (mean, total) in mean.0.iter_mut().zip(&mut total.0) {
                     *mean /= batch as f32;
@@ -193,9 +197,15 @@ unsafe fn backward_with(
 ) {
     let Shape { steps, batch, dim, directions: count, knots } = shape;
     let (tiles, panels, powers) = (batch.div_ceil(k.tile), lines(count), knots - 1);
-    let (rows, columns) = (pack_rows(k, shape, z, pool), pack_columns(shape, directions, pool));
-    let turned = pack_turned(shape, directions, pool);
-    let coefficients = pack_coefficients(shape, gradients, pool);
+    let [rows, columns, turned, coefficients] = pack(
+        pool,
+        &[
+            packed_rows(k, shape, z),
+            packed_columns(shape, directions),
+            turned_columns(shape, directions),
+            coefficients(shape, gradients),
+        ],
+    );
     let most = (steps * tiles / (4 * pool.threads())).clamp(1, MOST_TILES);
     let blocks = tiles.div_ceil(most);
     let z_grad = Parts(z_grad.as_mut_ptr());
@@ -248,16 +258,30 @@ unsafe fn project(
     (k.product)(&p, &Start::Bias(ZEROS.as_ptr().cast()), &End::Store(waves.h));
 }
 
-/// Calls `fill(index, part)` for every part of `size` lines of a new buffer of `parts` parts.
-fn fill(pool: &Pool, parts: usize, size: usize, fill: &(dyn Fn(usize, &mut [Line]) + Sync)) -> Vec<Line> {
-    let mut buffer = vec![Line::ZERO; parts * size];
-    let start = Parts(buffer.as_mut_ptr());
-    pool.run(parts, &|index, _| {
-        let start = &start;
-        // SAFETY: the buffer has these lines, and every part is one task's.
-        fill(index, unsafe { std::slice::from_raw_parts_mut(start.0.add(index * size), size) });
+/// A buffer to make: `fill(index, part)` is called for each of its parts of `size` lines.
+struct Packing<'a> {
+    parts: usize,
+    size: usize,
+    fill: Box<Fill<'a>>,
+}
+
+type Fill<'a> = dyn Fn(usize, &mut [Line]) + Sync + 'a;
+
+/// Makes buffers in one call of the pool: each call waits for every thread, which may have other work.
+fn pack<const N: usize>(pool: &Pool, packings: &[Packing; N]) -> [Vec<Line>; N] {
+    let mut buffers = packings.each_ref().map(|packing| vec![Line::ZERO; packing.parts * packing.size]);
+    let starts = buffers.each_mut().map(|buffer| Parts(buffer.as_mut_ptr()));
+    pool.run(packings.iter().map(|packing| packing.parts).sum(), &|mut index, _| {
+        for (packing, start) in packings.iter().zip(&starts) {
+            let &Packing { parts, size, ref fill } = packing;
+            if index < parts {
+                // SAFETY: the buffer has these lines, and every part is one task's.
+                return fill(index, unsafe { std::slice::from_raw_parts_mut(start.0.add(index * size), size) });
+            }
+            index -= parts;
+        }
     });
-    buffer
+    buffers
 }
 
 /// Copies as many numbers of a line as there are from `from` on.
@@ -267,39 +291,48 @@ fn copy(to: &mut Line, from: &[f32]) {
 }
 
 /// z (T, B, D) as rows of an operand, every time step in tiles of its own.
-fn pack_rows(k: &Kernels, shape: Shape, z: &[f32], pool: &Pool) -> Vec<Line> {
+fn packed_rows<'a>(k: &'a Kernels, shape: Shape, z: &'a [f32]) -> Packing<'a> {
     let (tiles, units) = (shape.batch.div_ceil(k.tile), lines(shape.dim));
-    fill(pool, shape.steps * tiles, k.tile * units, &|index, to| {
+    let fill = move |index: usize, to: &mut [Line]| {
         let first = index % tiles * k.tile;
         for row in 0..k.tile.min(shape.batch - first) {
             let from = &z[(index / tiles * shape.batch + first + row) * shape.dim..][..shape.dim];
             from.chunks(LANES).enumerate().for_each(|(i, from)| copy(&mut to[i * k.tile + row], from));
         }
-    })
+    };
+    Packing { parts: shape.steps * tiles, size: k.tile * units, fill: Box::new(fill) }
 }
 
 /// Directions (D, P) as panels of columns.
-fn pack_columns(shape: Shape, directions: &[f32], pool: &Pool) -> Vec<Line> {
-    fill(pool, lines(shape.directions), lines(shape.dim) * LANES, &|panel, to| {
+fn packed_columns(shape: Shape, directions: &[f32]) -> Packing<'_> {
+    let fill = move |panel: usize, to: &mut [Line]| {
         for (row, to) in directions.chunks_exact(shape.directions).zip(to) {
             copy(to, &row[(panel * LANES).min(row.len())..]);
         }
-    })
+    };
+    Packing { parts: lines(shape.directions), size: lines(shape.dim) * LANES, fill: Box::new(fill) }
 }
 
 /// Directions (D, P) as panels of their rows: the columns of the transposed matrix.
-fn pack_turned(shape: Shape, directions: &[f32], pool: &Pool) -> Vec<Line> {
-    fill(pool, lines(shape.dim), lines(shape.directions) * LANES, &|panel, to| {
-        for (lane, row) in directions.chunks_exact(shape.directions).skip(panel * LANES).take(LANES).enumerate() {
-            row.iter().zip(&mut *to).for_each(|(&x, to)| to.0[lane] = x);
+fn turned_columns(shape: Shape, directions: &[f32]) -> Packing<'_> {
+    const LINES: usize = 64;
+    let fill = move |panel: usize, to: &mut [Line]| {
+        let rows = || directions.chunks_exact(shape.directions).skip(panel * LANES).take(LANES);
+        // A few lines at a time, so that they stay in the level 1 cache for all rows.
+        for (from, to) in to.chunks_mut(LINES).enumerate() {
+            for (lane, row) in rows().enumerate() {
+                row.iter().skip(from * LINES).zip(&mut *to).for_each(|(&x, to)| to.0[lane] = x);
+            }
         }
-    })
+    };
+    Packing { parts: lines(shape.dim), size: lines(shape.directions) * LANES, fill: Box::new(fill) }
 }
 
 /// Real and imaginary parts of the coefficients `t_k / B (dL/dS_k + i dL/dC_k)`, (T, panels, K - 1, 2).
-fn pack_coefficients(shape: Shape, gradients: Gradients, pool: &Pool) -> Vec<Line> {
+fn coefficients(shape: Shape, gradients: Gradients<'_>) -> Packing<'_> {
     let (panels, powers, count) = (lines(shape.directions), shape.knots - 1, shape.directions);
-    fill(pool, shape.steps * panels, powers * 2, &|index, to| {
+    let normals = shape.normals();
+    let fill = move |index: usize, to: &mut [Line]| {
         let (step, column) = (index / panels, (index % panels * LANES).min(count));
         let line = |from: &[f32], row: usize| {
             let mut line = Line::ZERO;
@@ -308,18 +341,19 @@ fn pack_coefficients(shape: Shape, gradients: Gradients, pool: &Pool) -> Vec<Lin
         };
         let of_statistic = gradients.of_statistic.map_or(Line::ZERO, |grad| line(grad, step));
         for (i, to) in to.iter_mut().enumerate() {
-            let (k, sine) = (i / 2 + 1, i % 2 == 0);
-            let (normal, weight) = shape.normal(k);
+            let (k, sine) = (i / 2, i % 2 == 0);
+            let (normal, weight) = normals[k];
             let (normal, slope) = (if sine { 0.0 } else { normal }, 2.0 * shape.batch as f32 * weight);
-            let scale = (k as f64 * shape.dt() / shape.batch as f64) as f32;
-            let row = (step * 2 + usize::from(sine)) * powers + k - 1;
+            let scale = ((k + 1) as f64 * shape.dt() / shape.batch as f64) as f32;
+            let row = (step * 2 + usize::from(sine)) * powers + k;
             let of_ecf = gradients.of_ecf.map_or(Line::ZERO, |grad| line(grad, row));
-            let ecf = if gradients.of_statistic.is_some() { line(gradients.ecf, row) } else { Line::ZERO };
+            let ecf = line(gradients.ecf, row);
             for lane in 0..LANES {
                 to.0[lane] = scale * (slope * of_statistic.0[lane] * (ecf.0[lane] - normal) + of_ecf.0[lane]);
             }
         }
-    })
+    };
+    Packing { parts: shape.steps * panels, size: powers * 2, fill: Box::new(fill) }
 }
 
 /// Projections (tiles, panels) and the knots to take them to.
