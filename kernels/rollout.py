@@ -803,3 +803,11 @@ def _inner(config: Any) -> int:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; in the interpreter, those of an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def cost_launch(z: Tensor, goal: Tensor, costs: Tensor) -> Launch:
+    """costs (E S,) = squared distances of latents (E S, D) to their environment's goal (E, D)."""
+    rows, width = z.shape
+    arguments = (z, goal, costs, rows, rows // len(goal))
+    constants = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "ROWS": 16, "num_warps": 4}
+    return Launch(_cost_kernel, (triton.cdiv(rows, 16), 1), arguments, constants | {"enable_fp_fusion": True})
