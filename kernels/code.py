@@ -94,8 +94,14 @@ def sigreg_examples() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def modules() -> list[str]:
-    """The modules beside this one that define kernels."""
-    return sorted(path.stem for path in TABLE.parent.glob("*.py") if "@triton.jit" in path.read_text().splitlines())
+    """The modules beside this one that define kernels (functions named `..._kernel`)."""
+    return sorted(path.stem for path in TABLE.parent.glob("*.py") if kernels(path.stem))
+
+
+def kernels(module: str) -> list[str]:
+    """Names of the kernels that a module defines, without importing it."""
+    text = TABLE.with_name(f"{module}.py").read_text()
+    return re.findall(r"^@triton\.jit\b.*\ndef (\w+_kernel)\(", text, re.MULTILINE)
 
 
 def examples(module: str) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -165,21 +171,19 @@ def build(launch: Launch, target: str) -> Any:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of SASS."""
+    """One instruction of SASS."""
 
-    op: str  # without modifiers
-    text: str
-    conditional: bool
+    op: str  # with its modifiers: LDG.E.128
+    falls: bool  # the next instruction may follow it
     target: str | None  # label that it may jump to
 
 
 @dataclass
-class Loop:
-    """A natural loop."""
+class Region:
+    """What stands in one loop and in none inside it, or outside of all loops."""
 
-    first: int  # index of its first instruction
-    counts: collections.Counter[str]
-    inner: bool  # no other loop inside
+    within: int | None  # index of the next larger loop, or None
+    ops: collections.Counter[str]
 
 
 def disassemble(cubin: bytes) -> str:
@@ -211,37 +215,39 @@ def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
     for line in sass.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(code)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?\w+ )?\s*(\w+)([^;]*)", line):
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?\w+ )?\s*([\w.]+)([^;]*)", line):
             guard, op, rest = found.groups()
-            jump = re.search(r"`\((\.L\w+)\)", rest) if op != "BSSY" else None
-            # BRA.U UP0, `(.L) is conditional though nothing stands before it.
-            conditional = bool(guard) or bool(re.search(r"\bU?P\d", rest)) or op not in ("BRA", "EXIT", "RET")
-            code.append(Instruction(op, line.strip(), conditional, jump[1] if jump else None))
+            jump = None if op.startswith("BSSY") else re.search(r"`\((\.L\w+)\)", rest)
+            # BRA.U UP0, `(.L) has a condition, though none stands before it.
+            always = not guard and not re.search(r"\bU?P\d", rest) and op.split(".")[0] in ("BRA", "EXIT", "RET")
+            code.append(Instruction(op, not always, jump[1] if jump else None))
     return code, labels
 
 
-def loops(code: list[Instruction], labels: dict[str, int]) -> list[Loop]:
-    """Natural loops (header dominates the jump back to it), by address: code moved out of line is not one."""
-    leaders = sorted({0, *labels.values(), *(i + 1 for i, x in enumerate(code) if x.target or x.op in ("EXIT", "RET"))})
-    leaders = [i for i in leaders if i < len(code)]
-    block_of = {i: n for n, i in enumerate(leaders)}
-    ends = [*leaders[1:], len(code)]
+def regions(code: list[Instruction], labels: dict[str, int]) -> tuple[collections.Counter[str], list[Region]]:
+    """Instructions outside of all loops, and the natural loops by address.
+
+    A loop is what leads from a block back to one that dominates it, so code that was only moved out of line is none.
+    """
+    starts = {0, *labels.values(), *(i + 1 for i, x in enumerate(code) if x.target or not x.falls)}
+    first = sorted(i for i in starts if i < len(code))
+    end = [*first[1:], len(code)]
+    number = {i: n for n, i in enumerate(first)}
     after: list[set[int]] = []
-    for n, end in enumerate(ends):
-        last = code[end - 1]
+    for n in range(len(first)):
+        last = code[end[n] - 1]
         to = labels.get(last.target, len(code))
         # A trap behind the end jumps to itself for ever.
-        jumps = {block_of[to]} if to < len(code) and (last.conditional or to != end - 1) else set()
-        after.append(jumps | ({n + 1} if last.conditional and n + 1 < len(ends) else set()))
-    before = [{m for m, to in enumerate(after) if n in to} for n in range(len(ends))]
+        jump = {number[to]} if to < len(code) and (last.falls or to != end[n] - 1) else set()
+        after.append(jump | ({n + 1} if last.falls and n + 1 < len(first) else set()))
+    before: list[set[int]] = [{m for m, to in enumerate(after) if n in to} for n in range(len(first))]
 
-    everything = set(range(len(ends)))
-    dominators = [{0}] + [everything] * (len(ends) - 1)
+    dominators = [{0}] + [set(range(len(first)))] * (len(first) - 1)
     changed = True
     while changed:
         changed = False
-        for n in range(1, len(ends)):
-            new = {n} | (set.intersection(*(dominators[m] for m in before[n])) if before[n] else set())
+        for n in range(1, len(first)):
+            new = {n}.union(set.intersection(*(dominators[m] for m in before[n])) if before[n] else ())
             changed |= new != dominators[n]
             dominators[n] = new
 
@@ -253,27 +259,32 @@ def loops(code: list[Instruction], labels: dict[str, int]) -> list[Loop]:
                 if (n := todo.pop()) not in body:
                     body.add(n)
                     todo += before[n]
-    return [
-        Loop(
-            leaders[head],
-            collections.Counter(x.op for n in body for x in code[leaders[n] : ends[n]]),
-            not any(other != head and other in body for other in bodies),
-        )
-        for head, body in sorted(bodies.items())
-    ]
+    heads = sorted(bodies)
+
+    def innermost(n: int, but: int = -1) -> int | None:
+        around = [head for head in heads if n in bodies[head] and head != but]
+        return heads.index(min(around, key=lambda head: len(bodies[head]))) if around else None
+
+    outside: collections.Counter[str] = collections.Counter()
+    found = [Region(innermost(head, head), collections.Counter()) for head in heads]
+    for n in range(len(first)):
+        loop = innermost(n)
+        (outside if loop is None else found[loop].ops).update(x.op for x in code[first[n] : end[n]])
+    return outside, found
 
 
-def grouped(counts: collections.Counter[str]) -> dict[str, int]:
+def grouped(ops: collections.Counter[str]) -> dict[str, int]:
     """Instruction counts by the columns of the table, and all of them."""
-    groups = {name: sum(n for op, n in counts.items() if re.fullmatch(ops, op)) for name, ops in COUNTED.items()}
-    return {"all": sum(counts.values()), **groups}
+    bases = [(op.split(".")[0], n) for op, n in ops.items()]
+    groups = {name: sum(n for op, n in bases if re.fullmatch(kinds, op)) for name, kinds in COUNTED.items()}
+    return {"all": sum(ops.values()), **groups}
 
 
 def occupancy(target: str, registers: int, warps: int, shared: int) -> int:
     """Blocks that one multiprocessor holds at a time."""
     limits = LIMITS[target]
-    per_warp = -(-registers // 8) * 8 * 32  # registers are given by 256 to a warp
-    by_registers = limits.registers // (per_warp * -(-warps // 4) * 4)
+    per_warp = -(-registers // 8) * 8 * 32
+    by_registers = limits.registers // 4 // per_warp * 4 // warps  # each of four schedulers has a quarter
     return min(limits.blocks, limits.warps // warps, by_registers, limits.shared // (shared + 1024))
 
 
@@ -291,7 +302,6 @@ def examine(launch: Launch, target: str) -> dict[str, Any]:
     compiled = build(launch, target)
     row = {
         "target": target,
-        "kernel": launch.kernel.__name__,
         "warps": compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
         "products": products(compiled.asm["ttir"]),
@@ -300,18 +310,19 @@ def examine(launch: Launch, target: str) -> dict[str, Any]:
         text = compiled.asm["amdgcn"]
         number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
         local, tensor = len(re.findall(r"\bscratch_(?:load|store)", text)), len(re.findall(r"\bv_mfma", text))
-        return row | {"registers": number["vgpr_count"], "stack": number["vgpr_spill_count"],
-                      "counts": {"tensor": tensor, "local": local}, "loops": [], "hot": None}  # fmt: skip
-    code, labels = parse(disassemble(compiled.asm["cubin"]))
-    found = loops(code, labels)
-    every = [grouped(loop.counts) for loop in found]
-    # Work decides which loop is hot: tensor-core instructions first, then float32 arithmetic.
-    inner = [counts for loop, counts in zip(found, every, strict=True) if loop.inner]
-    hot = max(inner, key=lambda c: (c["tensor"], c["fp32"], c["all"]), default=None)
+        return row | {"registers": number["vgpr_count"], "stack": number["vgpr_spill_count"], "loops": [], "hot": {},
+                      "counts": {"tensor": tensor, "local": local}}  # fmt: skip
+    outside, loops = regions(*parse(disassemble(compiled.asm["cubin"])))
+    groups = [grouped(loop.ops) for loop in loops]
     row |= resources(compiled.asm["cubin"])
-    row |= {"counts": grouped(collections.Counter(x.op for x in code)), "loops": every, "hot": hot}
-    row["occupancy"] = occupancy(target, row["registers"], row["warps"], row["shared"])
-    return row
+    return row | {
+        "occupancy": occupancy(target, row["registers"], row["warps"], row["shared"]),
+        "counts": grouped(sum((loop.ops for loop in loops), outside)),
+        "outside": outside,
+        "loops": [{"within": loop.within, "ops": loop.ops, **group} for loop, group in zip(loops, groups, strict=True)],
+        # Work decides which loop is hot: tensor cores first, then float32 arithmetic.
+        "hot": max(groups, key=lambda group: (group["tensor"], group["fp32"], group["all"]), default={}),
+    }
 
 
 def faults(row: dict[str, Any]) -> list[str]:
@@ -324,12 +335,14 @@ def faults(row: dict[str, Any]) -> list[str]:
     wrong = []
     if any(loop["local"] for loop in row["loops"]):
         wrong.append("local memory in a loop")
-    elif (row["counts"]["local"] or row["stack"]) and row["products"] != ["f32 ieee"]:
+    elif row["counts"]["local"] and row["products"] != ["f32 ieee"]:
         wrong.append("local memory")
     if row["counts"]["fp64"]:
         wrong.append("float64")
     if set(row["products"]) - {"f32 ieee"} and not row["counts"]["tensor"]:
         wrong.append(f"{', '.join(row['products'])} products without tensor cores")
+    if row["products"] == ["f32 ieee"] and row["counts"]["tensor"]:
+        wrong.append("exact float32 products on tensor cores")
     if row["occupancy"] < 1:
         wrong.append("does not fit on a multiprocessor")
     return wrong
@@ -337,23 +350,30 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 def rows(module: str, target: str, kernel: str = "", dump: str | None = None) -> list[dict[str, Any]]:
     """One row for each form in which the kernels of a module are launched. Must not run under TRITON_INTERPRET=1."""
-    forms: dict[tuple[str, str], dict[Any, Launch]] = {}
+    forms: dict[tuple[str, str], dict[str, tuple[Launch, str]]] = {}
     for example, function in examples(module):
         for launch in record(function):
-            name = launch.kernel.__name__
-            if kernel in name:
-                forms.setdefault((name, example), {}).setdefault(build(launch, target).hash, launch)
+            if kernel in launch.kernel.__name__:
+                try:
+                    form, error = build(launch, target).hash, ""
+                except Exception as failure:  # whatever the compiler raises is a finding about this kernel
+                    form = error = f"does not compile: {type(failure).__name__}: {failure}"
+                forms.setdefault((launch.kernel.__name__, example), {}).setdefault(form, (launch, error))
     result = []
-    for (_, example), launches in forms.items():
-        every = [launch.constants for launch in launches.values()]
-        differing = [name for name in every[0] if len({str(c.get(name)) for c in every}) > 1]
-        for constants, launch in zip(every, launches.values(), strict=True):
-            form = ", ".join([example, *(f"{name}={constants.get(name)}" for name in differing)])
-            row = {"module": module, "form": form, **examine(launch, target)}
+    for (name, example), launches in forms.items():
+        every = [launch.constants for launch, _ in launches.values()]
+        differing = [name for name in every[0] if len({str(constants.get(name)) for constants in every}) > 1]
+        for constants, (launch, error) in zip(every, launches.values(), strict=True):
+            form = ", ".join([example, *(f"{name} {constants.get(name)}" for name in differing)])
+            row = {"module": module, "kernel": name, "form": form, "target": target}
+            if error:
+                result.append(row | {"faults": [" ".join(error.split())[:200].replace("|", "/")]})
+                continue
+            row |= examine(launch, target)
             result.append(row | {"faults": faults(row)})
             if dump:
                 asm = build(launch, target).asm
-                print(f"// {row['kernel']} ({form}), {target}")
+                print(f"// {name} ({form}), {target}")
                 print(asm.get("amdgcn") or (asm["ptx"] if dump == "ptx" else disassemble(asm["cubin"])))
     return result
 
@@ -389,23 +409,36 @@ def survey(targets: tuple[str, ...] = TARGETS, kernel: str = "", dump: str | Non
             os.environ["TRITON_INTERPRET"] = before
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """The rows in Markdown, kernel by kernel."""
-    head = ["kernel", "form", "target", "registers", "warps", "shared", "blocks/SM", "products", *COUNTED]
-    lines = [f"| {' | '.join([*head, 'faults'])} |", "|" + "---|" * (len(head) + 1)]
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """The rows as lines of a Markdown table."""
+    lines = ["| kernel | form | target | registers | warps | shared | blocks | products | " + " | ".join(COUNTED)]
+    lines[0] += " | faults |"
+    lines.append("|---" * lines[0].count(" | ") + "|---|")
     for row in found:
-        hot = row["hot"] or {}
-        cells = [f"{row['counts'].get(n, '')}" + (f" ({hot[n]})" if hot.get(n) else "") for n in COUNTED]
-        start = [row["kernel"], row["form"], row["target"], row["registers"], row["warps"], row["shared"]]
-        line = [
-            *start,
-            row.get("occupancy", ""),
-            ", ".join(row["products"]),
-            *cells,
-            "; ".join(row["faults"]) or "none",
-        ]
-        lines.append(f"| {' | '.join(map(str, line))} |")
-    return "\n".join(lines)
+        cells = [row.get(key, "") for key in ("kernel", "form", "target", "registers", "warps", "shared", "occupancy")]
+        cells.append(", ".join(row.get("products", [])))
+        for group in COUNTED:
+            here, hot = row.get("counts", {}).get(group, ""), row.get("hot", {}).get(group)
+            cells.append(f"{here} ({hot})" if hot else here)
+        cells.append("; ".join(row["faults"]) or "none")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+HEADER = """# What the kernels become
+
+Written by `python -m lewm.kernels.code --write` with {versions}. One row for each form in which a kernel is launched,
+on each target; in brackets the part in its hot loop (the loop with most tensor-core instructions, else float32
+arithmetic, without the loops inside it). Counts are instructions in the program, not executed ones.
+
+- registers: per thread, on gfx942 vector registers; shared: bytes of a block; blocks: of them on one multiprocessor.
+- products: types that the kernel's matrix products multiply; tensor: tensor-core instructions (HMMA, HGMMA, UTC.MMA,
+  on gfx942 v_mfma); fp32: additions, products and both at once; global, shared, local: loads and stores; mufu: special
+  functions; barrier: waits of a block.
+- A fault: local memory in a loop, or anywhere unless all products are exact float32 ("f32 ieee"); float64; other
+  products without tensor cores; exact float32 on them; a block that does not fit. gfx942 is exempt.
+
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -423,11 +456,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write and (options.target or options.kernel):
         parser.error("--write is for the whole table: leave --target and --kernel out")
     found = survey(tuple(options.target or TARGETS), options.kernel, options.dump)
-    print(table(found))
+    print("\n".join(table(found)))
     if options.json:
         options.json.write_text(json.dumps({"versions": versions(), "rows": found}, indent=1) + "\n")
     if options.write:
-        TABLE.write_text(f"{table(found)}\n")
+        TABLE.write_text(HEADER.format(versions=versions()) + "\n".join(table(found)) + "\n")
     if any(row["faults"] for row in found):
         sys.exit(1)
 
