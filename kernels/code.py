@@ -392,17 +392,22 @@ def versions() -> str:
 
 
 def survey(targets: tuple[str, ...] = TARGETS, kernel: str = "", dump: str | None = None) -> list[dict[str, Any]]:
-    """Rows of all modules on all targets, from processes of their own that do not interpret the kernels."""
+    """Rows of all modules on all targets."""
     jobs = [(module, target) for module in modules() for target in targets]
     if dump:
         return [row for job in jobs for row in rows(*job, kernel, dump)]
-    context = multiprocessing.get_context("spawn")
+    with compilers() as pool:
+        return [row for result in [pool.submit(rows, *job, kernel) for job in jobs] for row in result.result()]
+
+
+@contextlib.contextmanager
+def compilers() -> Iterator[concurrent.futures.Executor]:
+    """Two processes in which kernels are compiled, whether this one interprets them or not."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
     try:
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-            results = [pool.submit(rows, *job, kernel) for job in jobs]
-            return [row for result in results for row in result.result()]
+        with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            yield pool
     finally:
         del os.environ["TRITON_INTERPRET"]
         if before is not None:
@@ -427,9 +432,10 @@ def table(found: list[dict[str, Any]]) -> list[str]:
 
 HEADER = """# What the kernels become
 
-Written by `python -m lewm.kernels.code --write` with {versions}. One row for each form in which a kernel is launched,
-on each target; in brackets the part in its hot loop (the loop with most tensor-core instructions, else float32
-arithmetic, without the loops inside it). Counts are instructions in the program, not executed ones.
+Written by `python -m lewm.kernels.code --write` with {versions}.
+One row for each form in which a kernel is launched, on each target; in brackets the part in its hot loop (the loop with
+most tensor-core instructions, else float32 arithmetic, without the loops inside it). Counts are instructions in the
+program, not executed ones.
 
 - registers: per thread, on gfx942 vector registers; shared: bytes of a block; blocks: of them on one multiprocessor.
 - products: types that the kernel's matrix products multiply; tensor: tensor-core instructions (HMMA, HGMMA, UTC.MMA,

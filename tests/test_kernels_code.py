@@ -1,4 +1,4 @@
-"""The kernels' machine code: what the checker reads, what it refuses, and the committed table."""
+"""The kernels' machine code: what is read from it, what is refused, the times predicted from it, both tables."""
 
 import collections
 import importlib.util
@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lewm.kernels import code
+from lewm.kernels import code, times
 
 NVDISASM = "backends/nvidia/bin/nvdisasm"
 found = importlib.util.find_spec("triton")
@@ -58,8 +60,8 @@ def test_loops():
 
 
 def test_groups():
-    ops = ["FFMA", "FFMA2", "HFMA2.MMA", "HMMA.16816.F32.BF16", "HGMMA.64x64x16.F32.BF16", "UTCHMMA",
-           "QGMMA.64x8x32.F32", "LDL.LU", "STL.64", "LDGSTS.E.BYPASS.128", "REDG.E.ADD", "DFMA", "STS.128", "LDSM.16.M88.4"]  # fmt: skip
+    ops = ["FFMA", "FFMA2", "HFMA2.MMA", "HMMA.16816.F32.BF16", "HGMMA.64x64x16.F32.BF16", "UTCHMMA", "LDL.LU"]
+    ops += ["STL.64", "QGMMA.64x8x32.F32", "LDGSTS.E.BYPASS.128", "REDG.E.ADD", "DFMA", "STS.128", "LDSM.16.M88.4"]
     want = {
         "all": 14,
         "tensor": 4,
@@ -170,3 +172,98 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out.count("_sigreg_fwd_kernel") == (tmp_path / "rows.json").read_text().count('"form"')
     with pytest.raises(SystemExit):
         code.main(["--write", "--target", "sm_90"])
+
+
+def work(**changes):
+    fields = {"blocks": 132, "resident": 1, "cycles": {"fp32": 0.0}, "waits": 0.0, "l2_bytes": 0.0, "hbm_bytes": 0.0}
+    return times.Work(**fields | changes)
+
+
+def us(device=times.H100, **changes):
+    return times.microseconds(work(**changes), device)["total"] - times.BOUNDARY - times.START
+
+
+def test_floors():
+    assert us() == 0
+    assert us(hbm_bytes=3.35e12) == pytest.approx(1e6)  # a second of memory
+    assert us(times.H200, hbm_bytes=4.8e12) == pytest.approx(1e6)
+    assert us(l2_bytes=5.5e12) == pytest.approx(1e6)
+    # 790 TFLOP/s of bfloat16 on 132 multiprocessors, and 59.3 of float32 at 1.755 GHz, 128 lanes.
+    assert us(cycles={"tensor": 790e6 / 132 / times.TENSOR}) == pytest.approx(1.0)
+    assert us(cycles={"fp32": 1e6 * 32 / 128}) == pytest.approx(132 * 32e6 * 2 / (132 * 128 * 2 * 1755))
+    # 1000 cycles of work and 500 of waiting: alone, one after the other, together.
+    one = {"cycles": {"fp32": 1000.0}, "waits": 500.0}
+    assert us(**one) == pytest.approx(1500 / 1755)
+    assert us(**one, blocks=133) == pytest.approx(3000 / 1755)
+    assert us(**one, blocks=133, resident=2) == pytest.approx(2000 / 1755)
+    assert us(**one | {"waits": 5000.0}, blocks=264, resident=2) == pytest.approx(6000 / 1755)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"blocks": st.integers(1, 10**5), "waits": st.floats(0, 1e6), "l2_bytes": st.floats(0, 1e9),
+         "hbm_bytes": st.floats(0, 1e9), "resident": st.integers(1, 8),
+         "cycles": st.fixed_dictionaries({"fp32": st.floats(0, 1e6), "shared": st.floats(0, 1e6)})}
+    ),
+    st.sampled_from(["blocks", "waits", "l2_bytes", "hbm_bytes", "fp32", "shared"]),
+)  # fmt: skip
+def test_more_work_takes_no_less_time(fields, more):
+    if more in fields["cycles"]:
+        larger = fields | {"cycles": fields["cycles"] | {more: 2 * fields["cycles"][more]}}
+    else:
+        larger = fields | {more: 2 * fields[more]}
+    assert us(**larger) >= us(**fields)
+    assert us(times.H200, **fields) <= us(**fields)
+
+
+def test_executed():
+    outside, loops = code.regions(*code.parse(SASS))
+    found = {
+        "kernel": "k",
+        "outside": outside,
+        "loops": [{"within": loop.within, "ops": loop.ops, **code.grouped(loop.ops)} for loop in loops],
+    }
+    ops, waits = times.executed(found, [3, 5])
+    assert (ops["LDC"], ops["LDG.E.128"], ops["FFMA"], ops["LDS.64"]) == (1, 3, 15, 15)
+    assert waits == 3 * (times.L2_LATENCY + times.BARRIER)
+    with pytest.raises(ValueError, match=r"trips must be given for 2 loops of k, got \[3\]"):
+        times.executed(found, [3])
+
+
+def test_flop_of_an_instruction():
+    want = {
+        "HMMA.16816.F32.BF16": (4096, "bf16"),
+        "HMMA.1688.F32.TF32": (2048, "tf32"),
+        "HGMMA.64x128x16.F32.BF16": (64 * 128 * 16 * 2 / 4, "bf16"),  # four warps together
+        "QGMMA.64x64x32.F32.E4M3.E4M3": (64 * 64 * 32 * 2 / 4, "f8"),
+    }
+    assert {op: times._flop(op) for op in want} == want
+
+
+def test_bytes_of_an_instruction():
+    want = {"LDG.E": 128, "LDG.E.128": 512, "LDG.E.U16": 64, "LDS.64": 256, "LDGSTS.E.BYPASS.128": 512,
+            "LDSM.16.M88.4": 512, "LDSM.16.M88": 128, "STS.U8": 32, "REDG.E.ADD.F32.FTZ.RN": 128}  # fmt: skip
+    assert {op: times._bytes(op) for op in want} == want
+
+
+@compiles
+def test_predictions():
+    with code.compilers() as pool:
+        rows = [row for module in code.modules() for row in pool.submit(times.predict, module).result()]
+    text = times.TABLE.read_text()
+    if code.versions() in text:
+        assert set(times.table(rows)) <= set(text.splitlines()), "write it again: python -m lewm.kernels.times --write"
+    for row in rows:
+        assert row["H200"] <= row["H100"]
+        assert row["H100"] > times.BOUNDARY + times.START
+    forward = next(row for row in rows if row["kernel"] == "_sigreg_fwd_kernel")
+    # 4 x 128 x 192 x 1024 multiply-adds on 128 lanes of 128 multiprocessors.
+    assert forward["H100"] > 4 * 128 * 192 * 1024 / (128 * 128 * 1755)
+
+
+def test_library_layers():
+    lines = times.calibration()
+    assert len(lines) == 14
+    errors = [int(line.split(" | ")[-1].split(" %")[0]) for line in lines[2:]]
+    assert max(map(abs, errors)) <= 25
+    assert set(lines) <= set(times.TABLE.read_text().splitlines())
