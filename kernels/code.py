@@ -23,12 +23,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 TABLE = Path(__file__).with_name("code-table.md")
+EXACT = {"f32 ieee", "f32 tf32x3"}  # products that round to float32; the first takes no tensor cores
 TENSOR = r"[HQIDO]G?MMA|UTC\w*MMA"  # Ampere to consumer Blackwell, Hopper, datacenter Blackwell
 # Columns of the table, and the instructions that each counts.
 COUNTED = {
@@ -183,7 +184,8 @@ class Region:
     """What stands in one loop and in none inside it, or outside of all loops."""
 
     within: int | None  # index of the next larger loop, or None
-    ops: collections.Counter[str]
+    ops: collections.Counter[str] = field(default_factory=collections.Counter)
+    skipped: collections.Counter[str] = field(default_factory=collections.Counter)  # of them, what a pass may jump over
 
 
 def disassemble(cubin: bytes) -> str:
@@ -224,8 +226,8 @@ def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
     return code, labels
 
 
-def regions(code: list[Instruction], labels: dict[str, int]) -> tuple[collections.Counter[str], list[Region]]:
-    """Instructions outside of all loops, and the natural loops by address.
+def regions(code: list[Instruction], labels: dict[str, int]) -> tuple[Region, list[Region]]:
+    """What is outside of all loops, and the natural loops by address.
 
     A loop is what leads from a block back to one that dominates it, so code that was only moved out of line is none.
     """
@@ -252,8 +254,12 @@ def regions(code: list[Instruction], labels: dict[str, int]) -> tuple[collection
             dominators[n] = new
 
     bodies: dict[int, set[int]] = {}
+    always: dict[int | None, set[int]] = {}  # blocks that every turn of a loop, or every run to the end, goes through
     for tail, to in enumerate(after):
+        if code[end[tail] - 1].op == "EXIT" and 0 in dominators[tail]:
+            always[None] = always.get(None, dominators[tail]) & dominators[tail]
         for head in to & dominators[tail]:
+            always[head] = always.get(head, dominators[tail]) & dominators[tail]
             body, todo = bodies.setdefault(head, {head}), [tail]
             while todo:
                 if (n := todo.pop()) not in body:
@@ -265,12 +271,15 @@ def regions(code: list[Instruction], labels: dict[str, int]) -> tuple[collection
         around = [head for head in heads if n in bodies[head] and head != but]
         return heads.index(min(around, key=lambda head: len(bodies[head]))) if around else None
 
-    outside: collections.Counter[str] = collections.Counter()
-    found = [Region(innermost(head, head), collections.Counter()) for head in heads]
+    outside, loops = Region(None), [Region(innermost(head, head)) for head in heads]
     for n in range(len(first)):
         loop = innermost(n)
-        (outside if loop is None else found[loop].ops).update(x.op for x in code[first[n] : end[n]])
-    return outside, found
+        region = outside if loop is None else loops[loop]
+        ops = [x.op for x in code[first[n] : end[n]]]
+        region.ops.update(ops)
+        if n not in always.get(None if loop is None else heads[loop], ()):
+            region.skipped.update(ops)
+    return outside, loops
 
 
 def grouped(ops: collections.Counter[str]) -> dict[str, int]:
@@ -317,9 +326,9 @@ def examine(launch: Launch, target: str) -> dict[str, Any]:
     row |= resources(compiled.asm["cubin"])
     return row | {
         "occupancy": occupancy(target, row["registers"], row["warps"], row["shared"]),
-        "counts": grouped(sum((loop.ops for loop in loops), outside)),
-        "outside": outside,
-        "loops": [{"within": loop.within, "ops": loop.ops, **group} for loop, group in zip(loops, groups, strict=True)],
+        "counts": grouped(sum((loop.ops for loop in loops), outside.ops)),
+        "outside": vars(outside),
+        "loops": [vars(loop) | group for loop, group in zip(loops, groups, strict=True)],
         # Work decides which loop is hot: tensor cores first, then float32 arithmetic.
         "hot": max(groups, key=lambda group: (group["tensor"], group["fp32"], group["all"]), default={}),
     }
@@ -328,14 +337,14 @@ def examine(launch: Launch, target: str) -> dict[str, Any]:
 def faults(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row: nothing for gfx942, which other tools read.
 
-    Exact float32 may keep a register in local memory outside of its loops, and uses no tensor cores.
+    Exact float32 may keep a register in local memory outside of its loops.
     """
     if row["target"].startswith("gfx"):
         return []
     wrong = []
     if any(loop["local"] for loop in row["loops"]):
         wrong.append("local memory in a loop")
-    elif row["counts"]["local"] and row["products"] != ["f32 ieee"]:
+    elif row["counts"]["local"] and not EXACT.issuperset(row["products"] or ["none"]):
         wrong.append("local memory")
     if row["counts"]["fp64"]:
         wrong.append("float64")
@@ -351,14 +360,17 @@ def faults(row: dict[str, Any]) -> list[str]:
 def rows(module: str, target: str, kernel: str = "", dump: str | None = None) -> list[dict[str, Any]]:
     """One row for each form in which the kernels of a module are launched. Must not run under TRITON_INTERPRET=1."""
     forms: dict[tuple[str, str], dict[str, tuple[Launch, str]]] = {}
+    seen = set()
     for example, function in examples(module):
         for launch in record(function):
             if kernel in launch.kernel.__name__:
                 try:
                     form, error = build(launch, target).hash, ""
                 except Exception as failure:  # whatever the compiler raises is a finding about this kernel
-                    form = error = f"does not compile: {type(failure).__name__}: {failure}"
-                forms.setdefault((launch.kernel.__name__, example), {}).setdefault(form, (launch, error))
+                    form = error = f"{launch.kernel.__name__} does not compile: {type(failure).__name__}: {failure}"
+                if form not in seen:
+                    seen.add(form)
+                    forms.setdefault((launch.kernel.__name__, example), {})[form] = launch, error
     result = []
     for (name, example), launches in forms.items():
         every = [launch.constants for launch, _ in launches.values()]
@@ -441,8 +453,8 @@ program, not executed ones.
 - products: types that the kernel's matrix products multiply; tensor: tensor-core instructions (HMMA, HGMMA, UTC.MMA,
   on gfx942 v_mfma); fp32: additions, products and both at once; global, shared, local: loads and stores; mufu: special
   functions; barrier: waits of a block.
-- A fault: local memory in a loop, or anywhere unless all products are exact float32 ("f32 ieee"); float64; other
-  products without tensor cores; exact float32 on them; a block that does not fit. gfx942 is exempt.
+- A fault: local memory in a loop, or anywhere unless all products are exact float32 ("ieee", "tf32x3"); float64;
+  products other than "ieee" without tensor cores, or that on them; a block that does not fit. gfx942 is exempt.
 
 """
 

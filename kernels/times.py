@@ -88,18 +88,21 @@ def microseconds(work: Work, device: Device) -> dict[str, float]:
     return limits | {"total": BOUNDARY + START + max(limits.values())}
 
 
-def executed(row: dict[str, Any], trips: Sequence[float]) -> tuple[collections.Counter[str], float]:
+def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) -> tuple[collections.Counter[str], float]:
     """Instructions that each warp of a block executes, and the cycles it waits for results.
 
     Args:
         row: Of `code.examine` for sm_90.
-        trips: Of each loop that does more than wait for memory, by address.
+        trips: Of each loop that does more than wait for memory, by address; a loop of one trip may be gone.
+        share: Of the blocks that execute what a block can jump over.
 
     Raises:
         ValueError: if the machine code has another number of such loops.
     """
     loops = row["loops"]
     working = [loop for loop in loops if loop["fp32"] + loop["tensor"] + loop["global"] + loop["shared"]]
+    if len(trips) != len(working):
+        trips = [count for count in trips if count != 1]
     if len(trips) != len(working):
         raise ValueError(f"trips must be given for {len(working)} loops of {row['kernel']}, got {list(trips)}")
     turns = iter(trips)
@@ -110,14 +113,15 @@ def executed(row: dict[str, Any], trips: Sequence[float]) -> tuple[collections.C
 
     total: collections.Counter[str] = collections.Counter()
     waits = 0.0
-    for index, ops in [(None, row["outside"]), *((i, loop["ops"]) for i, loop in enumerate(loops))]:
-        base = collections.Counter()
-        for op, count in ops.items():
-            total[op] += count * times(index)
+    for index, region in [(None, row["outside"]), *enumerate(loops)]:
+        base: collections.Counter[str] = collections.Counter()
+        for op, count in region["ops"].items():
+            count = times(index) * (count - (1 - share) * region["skipped"].get(op, 0))
+            total[op] += count
             base[op.split(".")[0]] += count
         loads = L2_LATENCY if base["LDG"] else L2_LATENCY / IN_FLIGHT if base["LDGSTS"] + base["UTMALDG"] else 0.0
         tensor = MMA_LATENCY * any(re.fullmatch(code.TENSOR, op) for op in base)
-        waits += times(index) * (loads + tensor + BARRIER * base["BAR"])
+        waits += times(index) * (loads + tensor) + BARRIER * base["BAR"]
     return total, waits
 
 
@@ -138,9 +142,9 @@ def _flop(op: str) -> tuple[float, str]:
     return (2.0 * int(shape[1]) * int(shape[2]) * int(shape[3]) if shape else 0.0), kind
 
 
-def work_of(launch: code.Launch, row: dict[str, Any], trips: Sequence[float]) -> Work:
-    """The work of a launch, whose row on sm_90 is given."""
-    ops, waits = executed(row, trips)
+def work_of(launch: code.Launch, row: dict[str, Any], trips: Sequence[float], share: float = 1.0) -> Work:
+    """The work of a launch, whose row on sm_90 is given, with trips and share of `executed`."""
+    ops, waits = executed(row, trips, share)
     warps = row["warps"]
     cycles: collections.Counter[str] = collections.Counter()
     moved = 0.0
@@ -202,6 +206,9 @@ def library_layer(rows: int, kind: str, device: Device = H100) -> float:
 # Trips of a kernel's loops by address, from its arguments by name; a kernel that is not named has no loops.
 TRIPS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
     "_sigreg_fwd_kernel": lambda a: [-(-a["B"] // a["BLOCK_B"]), -(-a["D"] // a["BLOCK_D"]), a["KNOTS"] - 1],
+    "_attention_kernel": lambda a: [a["HEADS"] // a["SPLITS"]],
+    "_condition_kernel": lambda a: [a["HIDDEN"] // a["CHUNK"]],
+    "_mlp_kernel": lambda a: [a["HIDDEN"] // a["SPLITS"] // a["CHUNK"]],
     "_sigreg_bwd_kernel": lambda a: [-(-a["columns_per_split"] // a["BLOCK_P"]), -(-a["D"] // a["BLOCK_D"])],
 }
 
@@ -221,7 +228,9 @@ def predict(module: str) -> list[dict[str, Any]]:
             key = f"{name} {launch.grid} {[v for v in arguments.values() if not hasattr(v, 'element_size')]}"
             if key not in launches:
                 row = {"kernel": name, **code.examine(launch, "sm_90")}
-                launches[key] = name, work_of(launch, row, TRIPS.get(name, lambda a: [])(arguments)), 0
+                # What one of several splits does, the others jump over.
+                trips, share = TRIPS.get(name, lambda a: [])(arguments), 1 / arguments.get("SPLITS", 1)
+                launches[key] = name, work_of(launch, row, trips, share), 0
             launches[key] = *launches[key][:2], launches[key][2] + 1
         for name, work, count in launches.values():
             pipe = max(work.cycles, key=lambda p: work.cycles[p])

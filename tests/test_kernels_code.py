@@ -55,8 +55,11 @@ def test_loops():
     assert loops[0].ops == collections.Counter(
         ["LDG.E.128", "BRA", "BAR.SYNC.DEFER_BLOCKING", "BRA", "MUFU.RCP", "BRA"]
     )
+    assert loops[0].skipped == collections.Counter(["MUFU.RCP", "BRA"])
     assert loops[1].ops == collections.Counter(["FFMA", "LDS.64", "BRA.U"])
-    assert outside == collections.Counter(["LDC", "BRA", "BSSY", "STG.E", "EXIT", "BRA", "NOP"])
+    assert not loops[1].skipped
+    assert outside.ops == collections.Counter(["LDC", "BRA", "BSSY", "STG.E", "EXIT", "BRA", "NOP"])
+    assert outside.skipped == collections.Counter(["BRA", "NOP"])  # the trap
 
 
 def test_groups():
@@ -118,6 +121,7 @@ def test_faults():
     assert code.faults(row(local=1)) == ["local memory"]
     assert code.faults(row([], tensor=0, local=1)) == ["local memory"]
     assert code.faults(row(**exact, local=1)) == []
+    assert code.faults(row(["f32 tf32x3"], local=1)) == []
     assert code.faults(row(**exact, local=1, loop_local=1)) == ["local memory in a loop"]
     assert code.faults(row(tensor=0)) == ["bf16 products without tensor cores"]
     assert code.faults(row(["f32 tf32"], tensor=0)) == ["f32 tf32 products without tensor cores"]
@@ -218,14 +222,13 @@ def test_more_work_takes_no_less_time(fields, more):
 
 def test_executed():
     outside, loops = code.regions(*code.parse(SASS))
-    found = {
-        "kernel": "k",
-        "outside": outside,
-        "loops": [{"within": loop.within, "ops": loop.ops, **code.grouped(loop.ops)} for loop in loops],
-    }
+    rows = [vars(loop) | code.grouped(loop.ops) for loop in loops]
+    found = {"kernel": "k", "outside": vars(outside), "loops": rows}
     ops, waits = times.executed(found, [3, 5])
-    assert (ops["LDC"], ops["LDG.E.128"], ops["FFMA"], ops["LDS.64"]) == (1, 3, 15, 15)
+    assert (ops["LDC"], ops["LDG.E.128"], ops["FFMA"], ops["LDS.64"], ops["MUFU.RCP"]) == (1, 3, 15, 15, 3)
     assert waits == 3 * (times.L2_LATENCY + times.BARRIER)
+    ops, _ = times.executed(found, [3, 5], share=0.25)
+    assert (ops["LDG.E.128"], ops["MUFU.RCP"]) == (3, 0.75)
     with pytest.raises(ValueError, match=r"trips must be given for 2 loops of k, got \[3\]"):
         times.executed(found, [3])
 
