@@ -1,14 +1,15 @@
 """The cross-entropy method without leaving the device: noise, rollout, cost, elites and refit, captured as CUDA graphs.
 
 It is the loop of rust/core/src/planner (CEM) with the same noise, candidate for candidate; README.md beside this file
-says where rounding may differ. A plan is one upload, one graph and one download; with a deadline, one graph an iteration.
+says where rounding may differ. A plan is one upload, one graph and one download; with a deadline it is one graph an
+iteration.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lewm.kernels.philox import normals
 from lewm.kernels.rollout import Rollout, Weights, cost_launch
+from lewm.kernels.rollout import examples as rollout_examples
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def _sample_kernel(mean_ptr, std_ptr, low_ptr, high_ptr, key_ptr, step_ptr, cand
 def _refit_kernel(cost_ptr, candidate_ptr, moved_ptr, low_ptr, high_ptr, order_ptr, mean_ptr, std_ptr, action_ptr,
                   best_ptr, trace_ptr, clipped_ptr, fault_ptr, step_ptr, E, S, K, floor_ptr,
                   WIDTH: tl.constexpr, PADDED: tl.constexpr, SAMPLES: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Mean and standard deviation (at least floor) of the K lowest costs, ties by sample; and the best candidate so far.
+    """Mean and standard deviation (at least floor) of the K lowest costs, ties by sample; and the best so far.
 
     One program an environment. fault: 0, or what made the costs unusable first: 1 a NaN or -inf, 2 too few finite ones;
     then iteration, sample or how many, and the cost.
@@ -124,7 +126,7 @@ def _refit_kernel(cost_ptr, candidate_ptr, moved_ptr, low_ptr, high_ptr, order_p
 
 
 class _Fields:
-    """Named arrays in one piece of memory, on the device and page-locked on the host, so that one copy moves them all."""
+    """Named arrays in one piece of memory, on the device and page-locked on the host: one copy moves them all."""
 
     def __init__(self, fields: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
         sizes = [-(-int(np.prod(shape)) * dtype.itemsize // 16) * 16 for shape, dtype in fields.values()]
@@ -382,3 +384,13 @@ def _inwards(low: np.ndarray | None, high: np.ndarray | None, width: int) -> tup
         np.where(inner[0] < low, np.nextafter(inner[0], np.float32(np.inf)), inner[0]),
         np.where(inner[1] > high, np.nextafter(inner[1], np.float32(-np.inf)), inner[1]),
     )
+
+
+def examples() -> Iterator[tuple[str, Callable[[], None]]]:
+    """What `lewm.kernels.code` compiles: an iteration of the paper's plan, for one environment and for fifty."""
+
+    def iteration(weights: Weights, rows: int) -> Callable[[], None]:
+        settings = {"samples": 300, "iterations": 30, "elites": 30, "horizon": 5, "init_std": 1.0, "min_std": 0.05}
+        return CEM(weights, rows // 300, 1, reference=False, **settings)._iterate
+
+    return rollout_examples(iteration)

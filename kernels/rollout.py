@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -469,7 +469,7 @@ def pack(config: Any, state: Mapping[str, Any], precision: str, device: torch.de
     heads, head = config.predictor_heads, config.predictor_head_dim
 
     def get(name: str) -> Tensor:
-        return torch.as_tensor(state[name]).to("cpu", torch.float64)
+        return torch.as_tensor(state[name]).to(torch.float64)
 
     def linear(name: str) -> tuple[Tensor, Tensor]:
         """(inputs, outputs) and bias."""
@@ -811,3 +811,23 @@ def cost_launch(z: Tensor, goal: Tensor, costs: Tensor) -> Launch:
     arguments = (z, goal, costs, rows, rows // len(goal))
     constants = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "ROWS": 16, "num_warps": 4}
     return Launch(_cost_kernel, (triton.cdiv(rows, 16), 1), arguments, constants | {"enable_fp_fusion": True})
+
+
+def examples(
+    made: Callable[[Weights, int], Callable[[], None]] = lambda weights, rows: Rollout(weights, rows, 1, 5).run,
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What `lewm.kernels.code` compiles: plans of one environment and of fifty, 300 candidates each."""
+    from lewm.config import configure
+    from lewm.network import LeWM
+
+    for preset, precision, rows in (
+        ("paper", "bfloat16", 300),
+        ("paper", "bfloat16", 15000),
+        ("paper", "tf32", 300),
+        ("paper", "float32", 300),
+        ("tiny", "bfloat16", 300),
+    ):
+        config, _ = configure(preset, 2, {})
+        with torch.device("meta"):
+            weights = pack(config, LeWM(config).state_dict(), precision, "meta")
+        yield f"{preset} {precision}, {rows} candidates", made(weights, rows)
