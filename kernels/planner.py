@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lewm.kernels.philox import normals
-from lewm.kernels.rollout import Rollout, Weights, cost_launch
+from lewm.kernels.rollout import Rollout, Weights, captured, cost_launch, on
 
 
 @triton.jit
@@ -287,21 +287,9 @@ class CEM:
 
     def _run(self, name: str) -> None:
         """Runs one of the above, on CUDA as a graph that is captured when it is first asked for."""
-        work = getattr(self, name)
-        if not self._cuda:
-            return work()
         if name not in self._graphs:
-            with torch.cuda.device(self._costs.device):
-                stream = torch.cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    work()  # compiles
-                stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    work()
-            self._graphs[name] = graph.replay
-        return self._graphs[name]()
+            self._graphs[name] = captured(getattr(self, name), self._costs.device)
+        self._graphs[name]()
 
     # -------------------------------------------------------------------------------------------------------- solve
 
@@ -325,8 +313,8 @@ class CEM:
             ValueError: A cost is NaN or -inf, or fewer than two in an iteration are finite.
         """
         started = time.perf_counter()
-        with self._lock:
-            host, device = self._in.host, self._out.device
+        with self._lock, on(self._costs.device):
+            host = self._in.host
             words = np.concatenate([np.array([seed, plan], np.uint64), env_ids.astype(np.uint64)]).view(np.int64)
             horizon = self._shape[1]
             bounds = _inwards(low, high, self._shape[2])
@@ -343,7 +331,7 @@ class CEM:
                 hit, done = self._within(deadline, started)
                 self._out.download()
             if self._cuda:
-                torch.cuda.current_stream(device["cost"].device).synchronize()
+                torch.cuda.current_stream().synchronize()
             return self._found(hit, done)
 
     def _within(self, deadline: float, started: float) -> tuple[bool, int]:
@@ -356,7 +344,7 @@ class CEM:
                 return True, iteration
             self._run("_iterate")
             if self._cuda:
-                torch.cuda.current_stream(self._costs.device).synchronize()
+                torch.cuda.current_stream().synchronize()
             last = time.perf_counter() - begun
         if time.perf_counter() - started > deadline:
             return True, self.iterations

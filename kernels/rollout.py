@@ -6,6 +6,7 @@ same mathematics in PyTorch and the reference of the tests.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -644,6 +645,7 @@ class Rollout:
         grows = frames < c.history and horizon > 1
         self._cache = empty(2, c.predictor_depth, window if grows else 0, rows, _inner(c), dtype=kind)
         self.launches = self._steps(every)
+        self._replay: Callable[[], None] | None = None
 
     def observe(self, z: Tensor, past: Tensor | None) -> None:
         """Sets what all candidates of an environment share: latents (E, T, D) and the normalised blocks between them.
@@ -662,6 +664,12 @@ class Rollout:
         """Computes `latents` on the current stream."""
         for launch in self.launches:
             launch()
+
+    def replay(self) -> None:
+        """`run`, on CUDA as a graph that the first call captures."""
+        if self._replay is None:
+            self._replay = captured(self.run, self.candidates.device)
+        self._replay()
 
     def _modulate(self, actions: Tensor, slot: int, count: int, strips: int) -> list[Launch]:
         """What the actions of slots `slot ..` do to each layer."""
@@ -795,6 +803,27 @@ class Rollout:
 
 def _inner(config: Any) -> int:
     return config.predictor_heads * config.predictor_head_dim
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it, kernels are launched on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def captured(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`work` as a CUDA graph, after a first run that compiles; elsewhere `work` itself."""
+    if device.type != "cuda":
+        return work
+    with on(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+    return graph.replay
 
 
 def processors(device: torch.device) -> int:
