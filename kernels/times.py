@@ -108,6 +108,10 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
     turns = iter(trips)
     own = [next(turns) if any(loop is one for one in working) else 1 for loop in loops]
 
+    def asynchronous(index: int | None) -> bool:
+        region = row["outside"] if index is None else loops[index]
+        return any(op.startswith("LDGSTS") for op in region["ops"])
+
     def times(index: int | None) -> float:
         return 1.0 if index is None else own[index] * times(loops[index]["within"])
 
@@ -115,7 +119,11 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
     waits = 0.0
     for index, region in [(None, row["outside"]), *enumerate(loops)]:
         base: collections.Counter[str] = collections.Counter()
+        # What is fetched ahead of a pipelined loop is for its first turns, and its last fetch nothing.
+        ahead = any(loop["within"] == index and asynchronous(i) for i, loop in enumerate(loops))
         for op, count in region["ops"].items():
+            if ahead and op.startswith("LDGSTS"):
+                continue
             count = times(index) * (count - (1 - share) * region["skipped"].get(op, 0))
             total[op] += count
             base[op.split(".")[0]] += count

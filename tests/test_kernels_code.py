@@ -229,6 +229,9 @@ def test_executed():
     assert waits == 3 * (times.L2_LATENCY + times.BARRIER)
     ops, _ = times.executed(found, [3, 5], share=0.25)
     assert (ops["LDG.E.128"], ops["MUFU.RCP"]) == (3, 0.75)
+    for region, fetches in ((found["outside"], 6), (rows[0], 3)):  # two turns ahead, then one a turn
+        region["ops"]["LDGSTS.E.BYPASS.128"] = fetches
+    assert times.executed(found, [7, 5])[0]["LDGSTS.E.BYPASS.128"] == 7 * 3
     with pytest.raises(ValueError, match=r"trips must be given for 2 loops of k, got \[3\]"):
         times.executed(found, [3])
 
