@@ -106,7 +106,12 @@ def kernels(module: str) -> list[str]:
 
 
 def examples(module: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """`examples()` of `lewm.kernels.<module>`: a label and a call of a host function on `meta` tensors, each."""
+    """`examples()` of `lewm.kernels.<module>`: what is launched in practice.
+
+    A module with kernels defines it: pairs of a label and a function without arguments that calls a host function on
+    `meta` tensors. Each form of a kernel gets a row, under the first label that launches it; labels that start with
+    "paper" are timed by `lewm.kernels.times`, all their launches together.
+    """
     if module == "sigreg":
         return sigreg_examples()
     return importlib.import_module(f"lewm.kernels.{module}").examples()

@@ -6,7 +6,9 @@ A kernel takes a boundary between launches, a start, and the longest of: its byt
 second-level cache, and its blocks on the busiest multiprocessor. A block works c cycles (the busiest of its pipes) and
 waits l (loads, barriers and tensor-core results that its next step needs); o blocks on a multiprocessor hide each
 other's waits, so one round of them takes max(o c, c + l). Executed instructions are those of the machine code times the
-trips of the loops around them, without bank conflicts, branches not taken, or reuse in the first-level cache.
+trips of the loops around them, without bank conflicts, broadcasts, or reuse in the first-level cache. Tensors of a
+launch that together exceed the second-level cache come from memory whole, so a kernel that reads some columns of a
+large matrix is charged too much.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ LIBRARY_FP32 = 0.75  # what library products attain of 256 FLOP a cycle and mult
 WARP_MMA = 0.62  # what HMMA attains of HGMMA's rate [a, from published micro-benchmarks]
 L2 = 5.5e6  # bytes a microsecond, all multiprocessors [s]
 L2_BYTES = 50e6  # [v]
-BOUNDARY = 1.25  # microseconds from one kernel of a CUDA graph to the next [s]; one row measured 1.16
+BOUNDARY = 1.25  # microseconds from one kernel of a CUDA graph to the next [s]; on an H100 1.16 were measured
 START = 0.7  # microseconds in which a kernel with matrix products fetches its code, sets up, and drains [f]
-L2_LATENCY, HBM_LATENCY = 270.0, 600.0  # cycles [s]
+L2_LATENCY, HBM_LATENCY = 270.0, 600.0  # cycles [a]
 BARRIER = 30.0  # cycles [a]
 MMA_LATENCY = 60.0  # cycles until a dependent instruction has the result of HGMMA or HMMA [a]
-IN_FLIGHT = 2.0  # tiles on their way in a pipelined loop: num_stages 3, Triton's default
+IN_FLIGHT = 2.0  # tiles on their way in a pipelined loop: num_stages 3, Triton's default [a]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ PIPES = {
     "fp32 imad": (r"IMAD", 32 / 64),
     "mufu": (r"MUFU", 32 / 16),
     "shuffle": (r"SHFL", 32 / 32),
-    "none": (r"LDG|LDGSTS|STG|LDS|STS|LDSM|STSM|[HQ]G?MMA|BAR|BRA|RED|REDG|ATOMG?|EXIT|NOP|UTMALDG|SYNCS|HFMA2", 0.0),
+    # Scalars have a unit of their own; memory, tensor cores and waits are counted elsewhere.
+    "none": (r"U\w+|LDC|LDG|LDGSTS|STG|LDS|STS|LDSM|STSM|[HQ]G?MMA|RED|REDG|ATOMG?|BAR|SYNCS|BRA|EXIT|NOP|HFMA2", 0.0),
 }
 ALU = 32 / 64
 
