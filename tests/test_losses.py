@@ -1,5 +1,7 @@
-"""The loss terms on the PyTorch path: exact in float64, frugal, and free of the global generator."""
+"""The loss terms on the CPU: exact in float64 (PyTorch), close in float32 (Rust), frugal, no global generator."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,13 +44,25 @@ def test_float64_is_the_formula(shape, knots, naive_sigreg):
     torch.testing.assert_close(grad, want_grad, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float32_is_close_to_the_formula(shape, naive_sigreg):
-    z, u = make(*shape, dtype=torch.float32)
-    value, grad = gradient(lambda z: sigreg(z, u), z)
-    want, want_grad = gradient(lambda z: naive_sigreg(z, u), z.double())
-    assert abs(value - want) <= 1e-6 * want
-    assert (grad - want_grad).norm() <= 1e-5 * want_grad.norm()
+def check(z, u, reference, knots=17, backend="auto", forward=1e-6, backward=1e-5):
+    value, grad = gradient(lambda z: sigreg(z, u, knots=knots, backend=backend), z)
+    want, want_grad = gradient(lambda z: reference(z, u, knots), z.double())
+    assert abs(value - want) <= forward * want
+    assert (grad - want_grad).norm() <= backward * want_grad.norm()
+
+
+@pytest.mark.parametrize("backend", ["rust", "torch"])
+@pytest.mark.parametrize("knots", [2, 3, 17, 18])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 97, 3, 129), (1, 5, 259, 3), (2, 1, 33, 257)], ids=str)
+@pytest.mark.usefixtures("poison")
+def test_float32_is_close_to_the_formula(shape, knots, backend, naive_sigreg):
+    check(*make(*shape, dtype=torch.float32), naive_sigreg, knots, backend)
+
+
+@pytest.mark.usefixtures("poison")
+def test_large_projections(naive_sigreg):
+    z, u = make(1, 9, 4, 5, dtype=torch.float32)
+    check(300 * z.detach(), u, naive_sigreg, forward=1e-5, backward=1e-4)
 
 
 def test_gradient_is_that_of_finite_differences():
@@ -133,6 +147,161 @@ def test_bfloat16_is_computed_in_float32():
     assert torch.equal(inside_grad, want_grad)
 
 
+def test_auto_is_rust_in_float32_and_torch_in_float64():
+    z, u = make(2, 7, 5, 9, dtype=torch.float32)
+    rust, auto, other = (gradient(lambda z, b=b: sigreg(z, u, backend=b), z) for b in ("rust", "auto", "torch"))
+    assert torch.equal(auto[0], rust[0])
+    assert torch.equal(auto[1], rust[1])
+    assert not torch.equal(other[1], rust[1])
+    z = z.double()
+    assert torch.equal(sigreg(z, u), sigreg(z, u, backend="torch"))
+    with pytest.raises(ValueError, match="backend 'rust' cannot run here: z is float64"):
+        sigreg(z, u, backend="rust")
+    with pytest.raises(ValueError, match="backend 'rust' cannot run here: z is on meta, not on a CPU device"):
+        sigreg(z.to("meta"), u.to("meta"), backend="rust")
+
+
+def test_rust_takes_any_strides():
+    z, u = make(3, 8, 6, 5, dtype=torch.float32)
+    turned, columns = z.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0), u.T.contiguous().T
+    wide = torch.full((3, 16, 6), float("nan"))
+    wide[:, ::2] = z.detach()
+    want = gradient(lambda z: sigreg(z, u), z)
+    for other in (turned, wide[:, ::2]):
+        assert not other.is_contiguous()
+        got = gradient(lambda z: sigreg(z, columns), other)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(bad):
+    z, u = make(2, 4, 3, 2, dtype=torch.float32)
+    with torch.no_grad():
+        z[0, 1, 2] = bad
+    value, grad = gradient(lambda z: sigreg(z, u), z)
+    assert value.isnan()
+    assert grad[0].isnan().all()
+
+
+def test_gradients_of_both_results_add():
+    z, u = make(2, 5, 4, 3, dtype=torch.float32)
+    weight = torch.linspace(-1, 1, 2 * 2 * 16 * 3).view(2, 2, 16, 3)
+
+    def both(z):
+        statistic, ecf = losses._sigreg_cpu(z, u, 17)
+        return statistic.sum() + (weight * ecf).sum()
+
+    def torch_only(z):
+        ecf = characteristic_function(z, u)
+        return epps_pulley(ecf, 5).sum() + (weight * ecf).sum()
+
+    for got, want in zip(gradient(both, z), gradient(torch_only, z.double()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_opcheck():
+    z, u = make(2, 3, 4, 5, dtype=torch.float32)
+    torch.library.opcheck(losses._sigreg_cpu, (z, u, 17))
+    statistic, ecf = (result.detach() for result in losses._sigreg_cpu(z, u, 17))
+    for grads in ((statistic, None), (None, ecf), (statistic, ecf)):
+        torch.library.opcheck(losses._sigreg_cpu_backward, (z.detach(), u, ecf, *grads))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile wants a compiler there")
+def test_torch_compile_keeps_one_graph():
+    z, u = make(2, 3, 4, 5, dtype=torch.float32)
+    compiled = torch.compile(lambda z: 0.5 * sigreg(z, u), backend="aot_eager", fullgraph=True)
+    eager = gradient(lambda z: 0.5 * sigreg(z, u), z)
+    for got, want in zip(gradient(compiled, z), eager, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_binding_names_what_it_refuses():
+    T, B, D, P = 2, 3, 4, 5
+    z, u, statistic, ecf = (np.ones(shape, np.float32) for shape in ((T, B, D), (D, P), (T, P), (T, 2, 16, P)))
+    forward, backward = losses._core.sigreg_forward, losses._core.sigreg_backward
+    forward(z, u, statistic, ecf)
+    for arguments, message in [
+        ((z[0], u, statistic, ecf), r"z must have shape \(T, B, D\), got \(3, 4\)"),
+        ((z, u.T.copy(), statistic, ecf), r"directions must have shape \(4, P\), got \(5, 4\)"),
+        ((z, u, statistic[0], ecf), r"statistic must have shape \(2, 5\), got \(5,\)"),
+        ((z, u, statistic, ecf[0]), r"ecf must have shape \(2, 2, K - 1, 5\), got \(2, 16, 5\)"),
+        ((z, np.ones((P, D), np.float32).T, statistic, ecf), "directions must be C-contiguous"),
+        ((z, u, np.ones((P, T), np.float32).T, ecf), "statistic must be C-contiguous"),
+        ((z[:0], u, statistic[:0], ecf[:0]), "none of them empty"),
+        ((z, u, statistic, ecf[:, :, :0]), "none of them empty"),
+        ((z, u, np.broadcast_to(statistic[:1], (T, P)), ecf), "statistic cannot be written to"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            forward(*arguments)
+    with pytest.raises(ValueError, match=r"statistic_grad must have shape \(2, 5\), got \(5,\)"):
+        backward(z, u, ecf, statistic[0], None, z.copy())
+    with pytest.raises(ValueError, match=r"z_grad must have shape \(2, 3, 4\), got \(3, 4\)"):
+        backward(z, u, ecf, statistic, ecf, z[0].copy())
+
+
+# Argument: threads. Prints the bytes of value and gradient.
+BITS = """
+import torch
+from lewm.losses import sigreg, sigreg_directions
+z = torch.randn(3, 101, 37, generator=torch.Generator().manual_seed(0), requires_grad=True)
+value = sigreg(z, sigreg_directions(37, 300, seed=0, step=0))
+value.backward()
+print(value.detach().numpy().tobytes().hex(), z.grad.numpy().tobytes().hex())
+"""
+
+
+def test_threads_change_no_bit():
+    def bits(threads):
+        env = os.environ | {"LEWM_NUM_THREADS": threads}
+        return subprocess.run([sys.executable, "-c", BITS], env=env, capture_output=True, text=True, check=True).stdout
+
+    one, two, three = map(bits, "123")
+    assert one == two == three != ""
+
+
+# Argument: "ours" or "official". Prints by how many bytes the process grew at its largest, forward and backward.
+PEAK = r"""
+import re, sys, torch
+from pathlib import Path
+from lewm.losses import sigreg, sigreg_directions
+
+def official(z, directions, knots=17):
+    t = torch.linspace(0, 3, knots)
+    weights = torch.full((knots,), 2 * 3 / (knots - 1))
+    weights[[0, -1]] /= 2
+    normal = torch.exp(-t.square() / 2)
+    h = (z @ directions)[..., None] * t
+    error = (h.cos().mean(1) - normal).square() + h.sin().mean(1).square()
+    return (error @ (weights * normal)).mean() * z.shape[1]
+
+def run(T, B, D, P):
+    z = torch.randn(T, B, D, requires_grad=True)
+    directions = sigreg_directions(D, P, seed=0, step=0)
+    z.grad = torch.zeros_like(z)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    {"ours": sigreg, "official": official}[sys.argv[1]](z, directions).backward()
+    return memory("VmHWM") - before
+
+def memory(name):
+    return int(re.search(name + r":\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+run(4, 2, 2, 2)
+print(run(4, 128, 192, 1024))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell its peak")
+def test_extra_memory_is_a_twentieth_of_the_official_formula():
+    def peak(which):
+        command = [sys.executable, "-c", PEAK, which]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert 0 < peak("ours") <= peak("official") / 20
+
+
 def test_reference_values():
     batch, u = 128, sigreg_directions(16, 64, seed=0, step=0)
     assert float(sigreg(torch.zeros(2, batch, 16), u)) / batch == pytest.approx(0.402, abs=5e-4)
@@ -187,7 +356,7 @@ Z, U = torch.zeros(2, 3, 4), torch.ones(4, 5)
         ((Z, U[:, :0]), {}, ValueError, r"directions must have shape.*\(4, 0\)"),
         ((Z, U.to("meta")), {}, ValueError, r"directions must be on cpu like z, got meta"),
         ((Z, U), {"knots": 1}, ValueError, r"knots must be at least 2, got 1"),
-        ((Z, U), {"backend": "cuda"}, ValueError, r"backend must be 'auto', 'torch' or 'triton', got 'cuda'"),
+        ((Z, U), {"backend": "cuda"}, ValueError, r"backend must be 'auto', 'rust', 'torch' or 'triton', got 'cuda'"),
     ],
 )
 def test_bad_input(arguments, options, error, message):

@@ -20,6 +20,8 @@ __all__ = [
     "read_tensors",
     "read_windows",
     "repair_store",
+    "sigreg_backward",
+    "sigreg_forward",
     "verify_store",
 ]
 
@@ -312,6 +314,33 @@ def read_tensors(
     Raises:
         ValueError: It is not a safetensors file.
         OSError: It cannot be read.
+    """
+
+def sigreg_forward(
+    z: NDArray[np.float32],
+    directions: NDArray[np.float32],
+    statistic: NDArray[np.float32],
+    ecf: NDArray[np.float32],
+) -> None:
+    """Writes the Epps-Pulley statistic (T, P) and the empirical characteristic function (T, 2, K - 1, P) of z (T, B, D)
+    along directions (D, P), see `lewm.losses`. Arrays are C-contiguous; the GIL is released.
+
+    Raises:
+        ValueError: An array is empty, not contiguous or of another shape; the text names it.
+    """
+
+def sigreg_backward(
+    z: NDArray[np.float32],
+    directions: NDArray[np.float32],
+    ecf: NDArray[np.float32],
+    statistic_grad: NDArray[np.float32] | None,
+    ecf_grad: NDArray[np.float32] | None,
+    z_grad: NDArray[np.float32],
+) -> None:
+    """Writes the gradient of z into `z_grad` (T, B, D), from those of `sigreg_forward`'s results (None is zero).
+
+    Raises:
+        ValueError: As `sigreg_forward`.
     """
 
 def verify_store(

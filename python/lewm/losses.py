@@ -2,8 +2,9 @@
 
     loss = prediction_loss + lambda * sigreg,   lambda = 0.09 in the official code
 
-`sigreg` runs as one fused Triton kernel on CUDA (`lewm.kernels.sigreg`) and as the PyTorch below everywhere else: the
-same mathematics, derived in `kernels/README.md`, and neither keeps a tensor of size (T, B, P, K).
+`sigreg` runs as one fused Triton kernel on CUDA (`lewm.kernels.sigreg`), in Rust on the CPU (`lewm._core`), and as the
+PyTorch below for float64 and everywhere else: the same mathematics, derived in `kernels/README.md`, and none keeps a
+tensor of size (T, B, P, K).
 """
 
 import importlib.util
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from lewm import _core
+
 LAST_KNOT = 3.0  # the official code integrates over [0, 3] (the paper's text says [0.2, 4])
-_CHUNK = (
-    1 << 18
-)  # projections handled at once on the PyTorch path: about 8 MB of work space, near the size of an L2 cache
+_CHUNK = 1 << 18  # projections handled at once on the PyTorch path: about 8 MB of work space
 
 
 def prediction_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -92,22 +93,18 @@ def sigreg(z: torch.Tensor, directions: torch.Tensor, *, knots: int = 17, backen
         directions: Unit directions of shape (D, P), as `sigreg_directions` makes them; they are used as they are, so a
             caller with others normalises the columns first.
         knots: Number of knots K, at least 2 (17 in the official code).
-        backend: "triton" (CUDA, or any device under TRITON_INTERPRET=1), "torch", or "auto": Triton for what it can
-            run on a CUDA device, else torch.
+        backend: "triton" (CUDA, or any device under TRITON_INTERPRET=1), "rust" (CPU), "torch" (anywhere), or "auto":
+            the first of them that can run, Triton on CUDA only. The first two do not take float64.
 
     Returns:
         A scalar, float32 (float64 for float64 z).
 
     Raises:
         TypeError: If z or directions is not floating.
-        ValueError: For wrong or empty shapes, devices that differ, fewer than 2 knots, an unknown backend, or "triton"
-            where it cannot run.
+        ValueError: For wrong or empty shapes, devices that differ, fewer than 2 knots, an unknown backend, or one that
+            cannot run here.
     """
-    if _resolve(z, directions, knots, backend) == "triton":
-        from lewm.kernels.sigreg import sigreg_forward
-
-        return sigreg_forward(z, directions, knots)[0].mean()
-    return epps_pulley(_CharacteristicFunction.apply(z, directions, knots), z.shape[1]).mean()
+    return _statistic(z, directions, knots, _resolve(z, directions, knots, backend))[0].mean()
 
 
 def characteristic_function(
@@ -132,11 +129,7 @@ def characteristic_function(
         TypeError: As `sigreg`.
         ValueError: As `sigreg`.
     """
-    if _resolve(z, directions, knots, backend) == "triton":
-        from lewm.kernels.sigreg import sigreg_forward
-
-        return sigreg_forward(z, directions, knots)[1]
-    return _CharacteristicFunction.apply(z, directions, knots)
+    return _statistic(z, directions, knots, _resolve(z, directions, knots, backend))[1]
 
 
 def epps_pulley(ecf: torch.Tensor, batch: int) -> torch.Tensor:
@@ -156,6 +149,74 @@ def epps_pulley(ecf: torch.Tensor, batch: int) -> torch.Tensor:
     weight[-1] /= 2
     distance = (ecf[:, 0] - normal[:, None]).square() + ecf[:, 1].square()  # (T, K - 1, P)
     return batch * (weight[:, None] * distance).sum(1)
+
+
+def _statistic(
+    z: torch.Tensor, directions: torch.Tensor, knots: int, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The statistic (T, P) and the characteristic function (T, 2, K - 1, P), from the backend that was chosen."""
+    if backend == "triton":
+        from lewm.kernels.sigreg import sigreg_forward
+
+        return sigreg_forward(z, directions, knots)
+    if backend == "rust":
+        return _sigreg_cpu(z.float(), directions.float(), knots)
+    ecf = _CharacteristicFunction.apply(z, directions, knots)
+    return epps_pulley(ecf, z.shape[1]), ecf
+
+
+@torch.library.custom_op("lewm::sigreg_cpu", mutates_args=(), device_types="cpu")
+def _sigreg_cpu(z: torch.Tensor, directions: torch.Tensor, knots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_statistic` of float32 tensors, in Rust. Both results are differentiable with respect to z."""
+    statistic = torch.empty((len(z), directions.shape[1]))
+    ecf = torch.empty((len(z), 2, knots - 1, directions.shape[1]))
+    _core.sigreg_forward(_array(z), _array(directions), statistic.numpy(), ecf.numpy())
+    return statistic, ecf
+
+
+@_sigreg_cpu.register_fake
+def _(z, directions, knots):
+    T, P = z.shape[0], directions.shape[1]
+    return z.new_empty((T, P)), z.new_empty((T, 2, knots - 1, P))
+
+
+@torch.library.custom_op("lewm::sigreg_cpu_backward", mutates_args=(), device_types="cpu")
+def _sigreg_cpu_backward(
+    z: torch.Tensor,
+    directions: torch.Tensor,
+    ecf: torch.Tensor,
+    statistic_grad: torch.Tensor | None,
+    ecf_grad: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient for z from those of the two results of `_sigreg_cpu` (None is zero)."""
+    z_grad = torch.empty(z.shape)
+    of_statistic, of_ecf = (None if grad is None else _array(grad) for grad in (statistic_grad, ecf_grad))
+    _core.sigreg_backward(_array(z), _array(directions), _array(ecf), of_statistic, of_ecf, z_grad.numpy())
+    return z_grad
+
+
+@_sigreg_cpu_backward.register_fake
+def _(z, directions, ecf, statistic_grad, ecf_grad):
+    return z.new_empty(z.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, statistic_grad, ecf_grad):
+    if statistic_grad is None and ecf_grad is None:
+        return None, None, None
+    return _sigreg_cpu_backward(*ctx.saved_tensors, statistic_grad, ecf_grad), None, None
+
+
+_sigreg_cpu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's own memory where it is contiguous, else a copy."""
+    return tensor.contiguous().numpy(force=True)
 
 
 class _CharacteristicFunction(torch.autograd.Function):
@@ -235,17 +296,29 @@ def _resolve(z: torch.Tensor, directions: torch.Tensor, knots: int, backend: str
         raise ValueError(f"directions must be on {z.device} like z, got {directions.device}")
     if knots < 2:
         raise ValueError(f"knots must be at least 2, got {knots}")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    if backend not in ("auto", "rust", "torch", "triton"):
+        raise ValueError(f"backend must be 'auto', 'rust', 'torch' or 'triton', got {backend!r}")
+    if backend == "auto":
+        fitting = (name for name in ("triton", "rust") if z.device.type == _HOME[name] and not _obstacle(z, name))
+        return next(fitting, "torch")
+    obstacle = _obstacle(z, backend)
+    if obstacle:
+        raise ValueError(f"backend {backend!r} cannot run here: {obstacle}")
+    return backend
+
+
+_HOME = {"triton": "cuda", "rust": "cpu"}
+
+
+def _obstacle(z: torch.Tensor, backend: str) -> str | None:
+    """Why a backend cannot take z; None if it can."""
     if backend == "torch":
-        return backend
-    obstacle = None
-    if not z.is_cuda and not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
-        obstacle = f"z is on {z.device}, not on a CUDA device"
-    elif z.dtype == torch.float64:
-        obstacle = "z is float64"
-    elif importlib.util.find_spec("triton") is None:
-        obstacle = "triton is not installed"
-    if backend == "triton" and obstacle:
-        raise ValueError(f"backend 'triton' cannot run here: {obstacle}")
-    return "torch" if obstacle else "triton"
+        return None
+    anywhere = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if z.device.type != _HOME[backend] and not anywhere:
+        return f"z is on {z.device}, not on a {_HOME[backend].upper()} device"
+    if z.dtype == torch.float64:
+        return "z is float64"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None

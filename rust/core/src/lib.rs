@@ -18,4 +18,5 @@ pub mod pool;
 pub mod rng;
 pub mod store;
 
+pub use engine::sigreg;
 pub use error::Error;

@@ -8,6 +8,7 @@ mod error;
 mod loader;
 mod model_file;
 mod planner;
+mod sigreg;
 mod store;
 
 #[pymodule(gil_used = true)]
@@ -22,6 +23,8 @@ mod _core {
     use crate::model_file::read_tensors;
     #[pymodule_export]
     use crate::planner::{noise, philox, Planner};
+    #[pymodule_export]
+    use crate::sigreg::{sigreg_backward, sigreg_forward};
     #[pymodule_export]
     use crate::store::{repair_store, verify_store, Store, StoreWriter};
 

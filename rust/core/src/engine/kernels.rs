@@ -3,8 +3,9 @@
 #[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
 use super::amx;
 use super::gemm::{Dot, End, Multiply, Product, Single, Start, Vectors};
-use super::layout::Rows;
+use super::layout::{Line, Rows};
 use super::rows::{self, Attend, Modulate, Norm};
+use super::sigreg::{self, Waves};
 use super::simd::Portable;
 #[cfg(target_arch = "x86_64")]
 use super::{
@@ -56,6 +57,8 @@ pub(super) struct Kernels {
     pub attend: unsafe fn(&Attend<'_>, &mut [f32]),
     pub softmax: unsafe fn(&mut [f32], usize),
     pub distance: unsafe fn(Rows, usize, &[f32]) -> f32,
+    pub add_powers: unsafe fn(&Waves, usize, &mut [Line]),
+    pub horner: unsafe fn(&Waves, &[Line]),
     /// Rounds of as many multiply-adds as `flops / 2`, from registers alone.
     pub peak: unsafe fn(usize, f32) -> f32,
     /// Floating-point operations of such a round.
@@ -102,6 +105,14 @@ macro_rules! kernels {
                 rows::distance::<<D as Dot>::S>(z, row, goal)
             }
             $(#[target_feature(enable = $features)])?
+            unsafe fn add_powers(m: &Waves, rows: usize, sums: &mut [Line]) {
+                sigreg::add_powers::<<D as Dot>::S, R>(m, rows, sums);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn horner(m: &Waves, coefficients: &[Line]) {
+                sigreg::horner::<<D as Dot>::S, R>(m, coefficients);
+            }
+            $(#[target_feature(enable = $features)])?
             unsafe fn peak(rounds: usize, x: f32) -> f32 {
                 M::peak(rounds, x)
             }
@@ -125,6 +136,8 @@ macro_rules! kernels {
                 attend,
                 softmax,
                 distance,
+                add_powers,
+                horner,
                 peak,
                 enter,
                 leave,

@@ -4,6 +4,7 @@
 //! * `simd`: the instructions; `gemm` and `rows`: matrix products with fused ends and what happens between them, written once
 //!   over the instructions; `amx`: products on tiles; `bytes`: what differs for int8; `kernels`: all compiled for every
 //!   instruction set, chosen at run time.
+//! * [`sigreg`]: the regulariser of training, which lives here for these instructions and products.
 //! * `weights`: named tensors to folded and packed matrices; [`encoder`](Engine::encode) and [`rollout`](Engine::rollout).
 //!
 //! A candidate's numbers do not depend on the candidates beside it, nor on the number of threads: bit for bit.
@@ -23,6 +24,7 @@ mod kernels;
 mod layout;
 mod predictor;
 mod rows;
+pub mod sigreg;
 mod simd;
 #[cfg(test)]
 mod tests;

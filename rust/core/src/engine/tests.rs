@@ -18,7 +18,7 @@ use crate::Error;
 const ROWS: usize = 16;
 
 /// Numbers between -1 and 1.
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> f64 {
@@ -28,7 +28,7 @@ impl Random {
         ((x ^ x >> 31) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
     }
 
-    fn many(&mut self, count: usize, scale: f64) -> Vec<f32> {
+    pub(super) fn many(&mut self, count: usize, scale: f64) -> Vec<f32> {
         (0..count).map(|_| (self.next() * scale) as f32).collect()
     }
 }
