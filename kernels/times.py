@@ -60,7 +60,7 @@ H100, H200 = Device("H100", 3.35e6), Device("H200", 4.8e6)
 PIPES = {
     "fp32": (r"FFMA|FADD|FMUL", 32 / 128),
     "fp32 imad": (r"IMAD", 32 / 64),
-    "mufu": (r"MUFU", 32 / 16),
+    "mufu": (r"MUFU|REDUX|F2F", 32 / 16),
     "shuffle": (r"SHFL", 32 / 32),
     # Scalars have a unit of their own; memory, tensor cores and waits are counted elsewhere.
     "none": (r"U\w+|LDC|LDG|LDGSTS|STG|LDS|STS|LDSM|STSM|[HQ]G?MMA|RED|REDG|ATOMG?|BAR|SYNCS|BRA|EXIT|NOP|HFMA2", 0.0),
@@ -220,6 +220,7 @@ TRIPS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
     "_attention_kernel": lambda a: [a["HEADS"] // a["SPLITS"]],
     "_condition_kernel": lambda a: [a["HIDDEN"] // a["CHUNK"]],
     "_mlp_kernel": lambda a: [a["HIDDEN"] // a["SPLITS"] // a["CHUNK"]],
+    "_refit_kernel": lambda a: [-(-n // a["CHUNK"]) for n in (a["S"], a["K"], a["K"])],
     "_sigreg_bwd_kernel": lambda a: [-(-a["columns_per_split"] // a["BLOCK_P"]), -(-a["D"] // a["BLOCK_D"])],
 }
 
@@ -245,7 +246,13 @@ def predict(module: str) -> list[dict[str, Any]]:
             launches[key] = *launches[key][:2], launches[key][2] + 1
         for name, work, count in launches.values():
             pipe = max(work.cycles, key=lambda p: work.cycles[p])
-            row = {"example": example, "kernel": name, "launches": count, "blocks": work.blocks, "waits": work.waits}
+            row = {
+                "example": f"{module}: {example}",
+                "kernel": name,
+                "launches": count,
+                "blocks": work.blocks,
+                "waits": work.waits,
+            }
             row |= {"pipe": pipe, "cycles": work.cycles[pipe], "l2_mb": work.l2_bytes / 1e6}
             result.append(row | {device.name: microseconds(work, device)["total"] for device in (H100, H200)})
     return result
