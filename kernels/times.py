@@ -6,7 +6,9 @@ A kernel takes a boundary between launches, a start, and the longest of: its byt
 second-level cache, and its blocks on the busiest multiprocessor. A block works c cycles (the busiest of its pipes) and
 waits l (loads, barriers and tensor-core results that its next step needs); o blocks on a multiprocessor hide each
 other's waits, so one round of them takes max(o c, c + l). Executed instructions are those of the machine code times the
-trips of the loops around them, without bank conflicts, branches not taken, or reuse in the first-level cache.
+trips of the loops around them, without bank conflicts, broadcasts, or reuse in the first-level cache. Tensors of a
+launch that together exceed the second-level cache come from memory whole, so a kernel that reads some columns of a
+large matrix is charged too much.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ LIBRARY_FP32 = 0.75  # what library products attain of 256 FLOP a cycle and mult
 WARP_MMA = 0.62  # what HMMA attains of HGMMA's rate [a, from published micro-benchmarks]
 L2 = 5.5e6  # bytes a microsecond, all multiprocessors [s]
 L2_BYTES = 50e6  # [v]
-BOUNDARY = 1.25  # microseconds from one kernel of a CUDA graph to the next [s]; one row measured 1.16
+BOUNDARY = 1.25  # microseconds from one kernel of a CUDA graph to the next [s]; on an H100 1.16 were measured
 START = 0.7  # microseconds in which a kernel with matrix products fetches its code, sets up, and drains [f]
-L2_LATENCY, HBM_LATENCY = 270.0, 600.0  # cycles [s]
+L2_LATENCY, HBM_LATENCY = 270.0, 600.0  # cycles [a]
 BARRIER = 30.0  # cycles [a]
 MMA_LATENCY = 60.0  # cycles until a dependent instruction has the result of HGMMA or HMMA [a]
-IN_FLIGHT = 2.0  # tiles on their way in a pipelined loop: num_stages 3, Triton's default
+IN_FLIGHT = 2.0  # tiles on their way in a pipelined loop: num_stages 3, Triton's default [a]
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ H100, H200 = Device("H100", 3.35e6), Device("H200", 4.8e6)
 PIPES = {
     "fp32": (r"FFMA|FADD|FMUL", 32 / 128),
     "fp32 imad": (r"IMAD", 32 / 64),
-    "mufu": (r"MUFU", 32 / 16),
+    "mufu": (r"MUFU|REDUX|F2F", 32 / 16),
     "shuffle": (r"SHFL", 32 / 32),
-    "none": (r"LDG|LDGSTS|STG|LDS|STS|LDSM|STSM|[HQ]G?MMA|BAR|BRA|RED|REDG|ATOMG?|EXIT|NOP|UTMALDG|SYNCS|HFMA2", 0.0),
+    # Scalars have a unit of their own; memory, tensor cores and waits are counted elsewhere.
+    "none": (r"U\w+|LDC|LDG|LDGSTS|STG|LDS|STS|LDSM|STSM|[HQ]G?MMA|RED|REDG|ATOMG?|BAR|SYNCS|BRA|EXIT|NOP|HFMA2", 0.0),
 }
 ALU = 32 / 64
 
@@ -108,6 +111,10 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
     turns = iter(trips)
     own = [next(turns) if any(loop is one for one in working) else 1 for loop in loops]
 
+    def asynchronous(index: int | None) -> bool:
+        region = row["outside"] if index is None else loops[index]
+        return any(op.startswith("LDGSTS") for op in region["ops"])
+
     def times(index: int | None) -> float:
         return 1.0 if index is None else own[index] * times(loops[index]["within"])
 
@@ -115,7 +122,11 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
     waits = 0.0
     for index, region in [(None, row["outside"]), *enumerate(loops)]:
         base: collections.Counter[str] = collections.Counter()
+        # What is fetched ahead of a pipelined loop is for its first turns, and its last fetch nothing.
+        ahead = any(loop["within"] == index and asynchronous(i) for i, loop in enumerate(loops))
         for op, count in region["ops"].items():
+            if ahead and op.startswith("LDGSTS"):
+                continue
             count = times(index) * (count - (1 - share) * region["skipped"].get(op, 0))
             total[op] += count
             base[op.split(".")[0]] += count
@@ -209,6 +220,7 @@ TRIPS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
     "_attention_kernel": lambda a: [a["HEADS"] // a["SPLITS"]],
     "_condition_kernel": lambda a: [a["HIDDEN"] // a["CHUNK"]],
     "_mlp_kernel": lambda a: [a["HIDDEN"] // a["SPLITS"] // a["CHUNK"]],
+    "_refit_kernel": lambda a: [-(-n // a["CHUNK"]) for n in (a["S"], a["K"], a["K"])],
     "_sigreg_bwd_kernel": lambda a: [-(-a["columns_per_split"] // a["BLOCK_P"]), -(-a["D"] // a["BLOCK_D"])],
 }
 
@@ -234,7 +246,13 @@ def predict(module: str) -> list[dict[str, Any]]:
             launches[key] = *launches[key][:2], launches[key][2] + 1
         for name, work, count in launches.values():
             pipe = max(work.cycles, key=lambda p: work.cycles[p])
-            row = {"example": example, "kernel": name, "launches": count, "blocks": work.blocks, "waits": work.waits}
+            row = {
+                "example": f"{module}: {example}",
+                "kernel": name,
+                "launches": count,
+                "blocks": work.blocks,
+                "waits": work.waits,
+            }
             row |= {"pipe": pipe, "cycles": work.cycles[pipe], "l2_mb": work.l2_bytes / 1e6}
             result.append(row | {device.name: microseconds(work, device)["total"] for device in (H100, H200)})
     return result

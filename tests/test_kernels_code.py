@@ -110,7 +110,8 @@ def test_products():
 def row(products=("bf16",), loop_local=0, target="sm_90", occupancy=1, **counts):
     counts = dict.fromkeys(code.COUNTED, 0) | {"tensor": 8} | counts
     loops = [dict.fromkeys(code.COUNTED, 0) | {"local": loop_local}]
-    return {"target": target, "products": list(products), "counts": counts, "loops": loops, "occupancy": occupancy}
+    found = {"target": target, "products": list(products), "double": False, "occupancy": occupancy}
+    return found | {"counts": counts, "loops": loops}
 
 
 def test_faults():
@@ -122,11 +123,13 @@ def test_faults():
     assert code.faults(row([], tensor=0, local=1)) == ["local memory"]
     assert code.faults(row(**exact, local=1)) == []
     assert code.faults(row(["f32 tf32x3"], local=1)) == []
-    assert code.faults(row(**exact, local=1, loop_local=1)) == ["local memory in a loop"]
+    assert code.faults(row(**exact, local=1, loop_local=1)) == []
+    assert code.faults(row(local=1, loop_local=1)) == ["local memory in a loop"]
     assert code.faults(row(tensor=0)) == ["bf16 products without tensor cores"]
     assert code.faults(row(["f32 tf32"], tensor=0)) == ["f32 tf32 products without tensor cores"]
     assert code.faults(row(["f32 ieee"])) == ["exact float32 products on tensor cores"]
     assert code.faults(row(fp64=1)) == ["float64"]
+    assert code.faults(row(fp64=1) | {"double": True}) == []
     assert code.faults(row(occupancy=0)) == ["does not fit on a multiprocessor"]
     assert code.faults(row(tensor=0, local=9, target="gfx942")) == []
 
@@ -159,7 +162,8 @@ call = next(call for label, call in code.examples("sigreg") if label == "paper")
 (launch,) = code.record(call)
 assert launch.kernel.__name__ == "_sigreg_fwd_kernel" and launch.grid == (4, 32) and launch.constants["KNOTS"] == 17
 launch.options["maxnreg"] = 64
-print(code.faults(code.examine(launch, "sm_90")))
+row = code.examine(launch, "sm_90")
+print(any(loop["local"] for loop in row["loops"]), code.faults(row), code.faults(row | {"products": ["bf16"]})[0])
 """
 
 
@@ -167,7 +171,7 @@ print(code.faults(code.examine(launch, "sm_90")))
 def test_too_few_registers_are_found():
     env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", SPILLS], capture_output=True, text=True, env=env)
-    assert done.stdout == "['local memory in a loop']\n", done.stderr[-2000:]
+    assert done.stdout == "True [] local memory in a loop\n", done.stderr[-2000:]
 
 
 @compiles
@@ -229,6 +233,9 @@ def test_executed():
     assert waits == 3 * (times.L2_LATENCY + times.BARRIER)
     ops, _ = times.executed(found, [3, 5], share=0.25)
     assert (ops["LDG.E.128"], ops["MUFU.RCP"]) == (3, 0.75)
+    for region, fetches in ((found["outside"], 6), (rows[0], 3)):  # two turns ahead, then one a turn
+        region["ops"]["LDGSTS.E.BYPASS.128"] = fetches
+    assert times.executed(found, [7, 5])[0]["LDGSTS.E.BYPASS.128"] == 7 * 3
     with pytest.raises(ValueError, match=r"trips must be given for 2 loops of k, got \[3\]"):
         times.executed(found, [3])
 
