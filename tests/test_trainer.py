@@ -202,7 +202,7 @@ def test_the_probe_takes_any_number_of_frames(tmp_path):
     """One more than whole parts of 512 left a part of one frame, which has no batch statistics."""
     data = write_store(tmp_path / "s.lewm", episodes=40, length=30)
     run = trainer._Run(
-        data, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 1}), tmp_path / "run", 0, "cpu", False
+        data, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 1}), device="cpu"
     )
     run.data = Frames(data, [16] * 31 + [15, 2])
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_frames_of_another_size_are_resized(store, tmp_path):
 def test_the_learning_rate_warms_up_and_follows_its_cosine(store, tmp_path, schedule, end):
     run = trainer._Run(
         store, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 100, "warmup": 0.1, "schedule": schedule}),
-        tmp_path / "run", 0, "cpu", False,
+        device="cpu",
     )  # fmt: skip
     rates = [run._learning_rate(step) for step in range(101)]
     assert rates[0] == pytest.approx(1e-4)
@@ -335,7 +335,7 @@ def test_the_learning_rate_warms_up_and_follows_its_cosine(store, tmp_path, sche
 
 def test_every_epoch_is_a_permutation_of_the_windows(store, tmp_path):
     run = trainer._Run(
-        store, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 40}), tmp_path / "run", 0, "cpu", False
+        store, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 40}), device="cpu"
     )
     seen = [actions.numpy() for _, actions in run._batches(0)]
     assert len(seen) == 40
