@@ -201,9 +201,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_what_to_do(store, tmp_p
 def test_the_probe_takes_any_number_of_frames(tmp_path):
     """One more than whole parts of 512 left a part of one frame, which has no batch statistics."""
     data = write_store(tmp_path / "s.lewm", episodes=40, length=30)
-    run = trainer._Run(
-        data, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 1}), device="cpu"
-    )
+    run = trainer._Run(data, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 1}), device="cpu")
     run.data = Frames(data, [16] * 31 + [15, 2])
     with torch.no_grad():
         z, states = run._latents_and_states(np.arange(33), np.random.default_rng(0))
@@ -334,9 +332,7 @@ def test_the_learning_rate_warms_up_and_follows_its_cosine(store, tmp_path, sche
 
 
 def test_every_epoch_is_a_permutation_of_the_windows(store, tmp_path):
-    run = trainer._Run(
-        store, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 40}), device="cpu"
-    )
+    run = trainer._Run(store, "tiny", *lewm.config.configure("tiny", 2, {**TINY, "steps": 40}), device="cpu")
     seen = [actions.numpy() for _, actions in run._batches(0)]
     assert len(seen) == 40
     count = len(run.loader)

@@ -67,10 +67,6 @@ class CollapseWarning(UserWarning):
 
 
 @overload
-def train(data: Dataset | str | os.PathLike[str], *, profile: Literal[True], **settings: Any) -> Profile: ...
-
-
-@overload
 def train(
     data: Dataset | str | os.PathLike[str],
     *,
@@ -85,6 +81,10 @@ def train(
     progress: Callable[[int, int, dict[str, float]], None] | None = ...,
     **overrides: Any,
 ) -> Model: ...
+
+
+@overload
+def train(data: Dataset | str | os.PathLike[str], *, profile: Literal[True], **settings: Any) -> Profile: ...
 
 
 def train(
@@ -365,17 +365,18 @@ class _Run:
             transform=lambda batch: self._upload.send(*self._prepared(batch)),
         )
 
-    def _batches(self, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _batches(self, step: int, end: int | None = None) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Batches from `step` on: every epoch is a permutation keyed by (seed, epoch), its remainder dropped."""
+        end = self.steps if end is None else end
         self.loader.set_epoch(*divmod(step, len(self.loader)))
-        while step < self.steps:
+        while step < end:
             for sent in self.loader:
                 self._mark("data")
                 batch = self._upload.receive(sent)
                 self._mark("copy")
                 yield batch
                 step += 1
-                if step == self.steps:
+                if step == end:
                     break
 
     def _read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
