@@ -334,8 +334,8 @@ class _Run:
             self._gradients(frames, actions)
         except Exception as error:  # whatever a compiler on a machine we do not know raises
             self._parts = (_encode, _predict)
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            warnings.warn(f"training goes on without torch.compile, which failed: {reason}", stacklevel=2)
+            text = f"training goes on without torch.compile, which failed: {type(error).__name__}: {brief(error)}"
+            warnings.warn(text, stacklevel=2)
             return False
         finally:
             self.optimiser.zero_grad(set_to_none=True)
