@@ -110,7 +110,7 @@ def profiled(run: _Run) -> Profile:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be a CPU or CUDA for a profile, got {str(device)!r}")
     cuda = device.type == "cuda"
-    batches = run._batches(run.step, run.step + _WARM_UP + _STEPS + _AHEAD)
+    batches = run._batches(run.step, run.step + _WARM_UP + 1 + _STEPS + _AHEAD)
     waited: list[float] = []  # of the host, for the loader
 
     def step(clock: _Clock | None = None) -> None:
@@ -131,6 +131,7 @@ def profiled(run: _Run) -> Profile:
         count = min(_STEPS, max(_LEAST, int(_SECONDS / each)))
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
+        step()  # so that the host is as far ahead as it gets
         clock = _Clock(device)
         clock("optimiser")
         for _ in range(count):
