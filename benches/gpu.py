@@ -17,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 
 import lewm
 from lewm.config import configure
-from lewm.losses import prediction_loss, sigreg, sigreg_directions
+from lewm.losses import sigreg, sigreg_directions
 from lewm.network import LeWM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +37,6 @@ import rule  # noqa: E402
 from bench_sigreg import official  # noqa: E402
 
 STATS = {"mean": [0.0, 0.0], "std": [0.5, 0.5], "low": [-1.0, -1.0], "high": [1.0, 1.0]}
-# Multiply-adds of one frame through encoder and projector, and of one token through predictor and pred_proj, times 2.
-ENCODE_FLOP, PREDICT_FLOP = 3.40e9, 2 * (6 * (1_572_864 + 221_184) + 786_432)
 
 
 class Rows:
@@ -213,44 +212,15 @@ def plans(rows: Rows, quick: bool) -> None:
 
 
 def steps(rows: Rows, quick: bool) -> None:
-    """Training steps on random pictures that are already on the device: forward, backward, clip, AdamW."""
+    """The trainer's own step with its own loader, as `lewm train --profile` times it."""
     for preset in ("tiny",) if quick else ("paper", "small", "tiny"):
-        config, settings = configure(preset, 2, {})
-        torch.manual_seed(0)
-        network = LeWM(config).to(rows.device).train()
-        optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
-        batch = settings.batch_size
-        frames = torch.randint(
-            0, 256, (batch, 4, config.image_size, config.image_size, 3), dtype=torch.uint8, device=rows.device
-        )
-        actions = torch.randn(batch, 3, config.block_dim, device=rows.device)
-        history = config.history
-        directions = sigreg_directions(config.embed_dim, settings.directions, seed=0, step=0, device=rows.device)
-
-        def step(network=network, optimiser=optimiser, frames=frames, actions=actions, history=history, u=directions):
-            with torch.autocast(rows.device, torch.bfloat16):
-                z = network.encode(frames)
-                context, condition, target = (
-                    t.unfold(1, history, 1).transpose(2, 3).flatten(0, 1)
-                    for t in (z[:, :-1], network.action_encoder(actions), z[:, 1:])
-                )
-                predicted = network.predict(context, condition)
-            loss = prediction_loss(predicted.float(), target.float()) + 0.09 * sigreg(z.float().transpose(0, 1), u)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-
-        row: dict[str, Any] = {"batch": batch}
-        step()
-        with rows.peak(row):
-            step()
-        times = rows.timed(step, 2 if quick else 20)
-        row["frames_per_s"] = round(4e3 * batch / times["p50_ms"])
-        if preset == "paper":  # three passes' worth: forward once, backward twice
-            flop = 3 * batch * (4 * ENCODE_FLOP + 3 * PREDICT_FLOP)
-            row["tflop_per_s"] = round(flop / times["p50_ms"] / 1e9, 1)
-        rows.add(f"training step {preset} bfloat16", **row, **times)
+        size = configure(preset, 2, {})[0].image_size
+        with tempfile.TemporaryDirectory() as folder:
+            data = lewm.collect("lewm/TwoRoom-v0", Path(folder) / "rooms.lewm", episodes=40, size=size)
+            for compiled in (False,) if rows.device == "cpu" else (False, True):
+                found = lewm.train(data, preset=preset, device=rows.device, compile=compiled, profile=True).to_dict()
+                name = f"training step {found.pop('preset')} {found.pop('precision')}"
+                rows.add(name, **{k: v for k, v in found.items() if k != "device"})
 
 
 def _driver() -> str | None:

@@ -70,6 +70,9 @@ def test_the_gpu_bench_runs_on_a_cpu_when_asked_for_a_check(tmp_path):
     errors = [row["gradient_error"] for row in rows if "gradient_error" in row]
     assert len(errors) == 2
     assert max(errors) < 1e-5
+    (training,) = (row for row in rows if row["name"].startswith("training"))
+    assert training["mfu"] > 0
+    assert training["parts"]["encoder backward"] > 0
 
 
 def test_committed_rows_say_where_they_were_measured():

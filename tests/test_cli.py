@@ -98,6 +98,26 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert f"--resume goes on from {tmp_path / 'run'}/checkpoint.safetensors" in capsys.readouterr().err
 
 
+def test_a_profile_prints_a_table_or_json_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    lewm.collect("lewm/TwoRoom-v0", tmp_path / "rooms.lewm", episodes=8, size=16)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lewm.profile._STEPS", 3)
+    small = ["encoder_dim=16", "encoder_depth=1", "predictor_depth=1", "batch_size=8", "image_size=16"]
+    arguments = {"data": tmp_path / "rooms.lewm", "preset": "tiny", "device": "cpu", "setting": small, "profile": True}
+    cli.train(**arguments)
+    text = capsys.readouterr().out
+    cli.train(**arguments, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert "MFU" in text
+    assert all(part in text for part in found["parts"])
+    assert found["batch_size"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["rooms.lewm"]
+    with pytest.raises(ValueError, match="--json must go with --profile"):
+        cli.train(**{**arguments, "profile": False}, as_json=True)
+    with pytest.raises(ValueError, match="compile has an option of its own"):
+        cli.train(**{**arguments, "setting": ["compile=true"]})
+
+
 def test_settings_are_json_where_they_parse():
     assert cli._settings(["steps=300", "dropout=0.1", "init=scaled", "reference=true"]) == {
         "steps": 300,

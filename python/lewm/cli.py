@@ -48,6 +48,16 @@ def train(
     seed: _Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     device: Annotated[str | None, typer.Option(help="Torch device; CUDA where there is one by default.")] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Compile encoder and predictor before training; on CUDA if absent."
+        ),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Do not train: time some steps, print MFU and where the time goes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --profile: print JSON.")] = False,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of model or training.")
     ] = None,
@@ -56,19 +66,18 @@ def train(
     from lewm.progress import Bar
     from lewm.trainer import train
 
+    settings: dict[str, Any] = {"preset": preset, "seed": seed, "device": device, "compile": compile}
+    settings |= _settings(setting or [])
+    if as_json and not profile:
+        raise ValueError("--json must go with --profile")
+    if profile:
+        found = train(data, profile=True, resume=resume, **settings)
+        typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
+        return
     out = out or Path(f"runs/{preset}-{seed}")
     try:
         with Bar("steps") as bar:
-            model = train(
-                data,
-                preset=preset,
-                out=out,
-                seed=seed,
-                resume=resume,
-                device=device,
-                progress=bar.train,
-                **_settings(setting or []),
-            )
+            model = train(data, out=out, resume=resume, progress=bar.train, **settings)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; the same command with --resume goes on from {out}/checkpoint.safetensors", err=True)
         raise typer.Exit(130) from None
@@ -259,7 +268,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"a setting must be NAME=VALUE, got {pair!r}")
-        if name in ("data", "preset", "out", "seed", "resume", "device"):
+        if name in ("data", "preset", "out", "seed", "resume", "device", "compile", "profile"):
             raise ValueError(f"{name} has an option of its own, --{name}; got it as a setting")
         try:
             settings[name] = json.loads(text)

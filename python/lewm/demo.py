@@ -54,7 +54,7 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, steps: int | None = None
     console.print(f"{len(data)} episodes, {int(data.lengths.sum()):,} frames of {_SIZE}x{_SIZE} pixels")
 
     console.rule("2/4  train: prediction + lambda * SIGReg, from pixels, end to end")
-    overrides = {} if steps is None else {"steps": steps}
+    overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
     with Bar("steps") as bar:
         model = train(data, preset="tiny", out=out / "run", seed=seed, progress=bar.train, **overrides)
     training = model.meta["training"]

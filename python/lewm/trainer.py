@@ -1,7 +1,12 @@
-"""`lewm.train`: two loss terms, end to end from pixels (paper section 3), exactly resumable."""
+"""`lewm.train`: two loss terms, end to end from pixels (paper section 3), exactly resumable.
+
+On CUDA the host never waits for the device within a step: batches are copied ahead on a stream of their own, dropout is
+keyed on the host, and what is measured stays on the device until it is logged.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -12,10 +17,10 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -33,9 +38,13 @@ from lewm.network import LeWM
 from lewm.pixels import resize_area
 from lewm.torch_backend import device_of
 
+if TYPE_CHECKING:
+    from lewm.profile import Profile
+
 _LOG_EVERY = 20
 _PRECISE_BATCHES = 100
 _PROBE_FRAMES = 2000
+_COMPILER = "inductor"
 _COLUMNS = (
     "step",
     "loss",
@@ -57,6 +66,27 @@ class CollapseWarning(UserWarning):
     """The latents are collapsing to a point or to a few directions; what is learnt will not plan."""
 
 
+@overload
+def train(
+    data: Dataset | str | os.PathLike[str],
+    *,
+    preset: str = ...,
+    out: str | os.PathLike[str] | None = ...,
+    seed: int = ...,
+    resume: bool = ...,
+    device: str | None = ...,
+    compile: bool | None = ...,
+    profile: Literal[False] = ...,
+    checkpoint_every: int = ...,
+    progress: Callable[[int, int, dict[str, float]], None] | None = ...,
+    **overrides: Any,
+) -> Model: ...
+
+
+@overload
+def train(data: Dataset | str | os.PathLike[str], *, profile: Literal[True], **settings: Any) -> Profile: ...
+
+
 def train(
     data: Dataset | str | os.PathLike[str],
     *,
@@ -65,16 +95,18 @@ def train(
     seed: int = 0,
     resume: bool = False,
     device: str | None = None,
+    compile: bool | None = None,
+    profile: bool = False,
     checkpoint_every: int = 200,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     **overrides: Any,
-) -> Model:
+) -> Model | Profile:
     """Trains a LeWorldModel on a trajectory store: prediction + lambda * SIGReg, no stop-gradient, no EMA.
 
     The run folder `out` gets `metrics.csv`, TensorBoard events, `checkpoint.safetensors` (every `checkpoint_every`
     steps, at the end, and on Ctrl-C) and `model.safetensors`. A run is a function of (data, configuration, seed):
     one that was interrupted and resumed has the losses of one that was not, bit for bit on the same machine and
-    thread count.
+    thread count (on a GPU up to the order in which its own kernels add, unless torch's deterministic mode is on).
 
     Args:
         data: A store or its path. Frames of another size than the preset's are area-resized.
@@ -83,12 +115,16 @@ def train(
         seed: Of everything random.
         resume: Continue the run in `out`, with the same data and settings.
         device: A torch device; CUDA where there is one, else the CPU, when not given.
+        compile: Whether `torch.compile` makes the kernels of encoder and predictor, which takes up to a few minutes
+            before the first step; on CUDA when not given. Where it fails, a warning says why and training goes on
+            without.
+        profile: Time some steps of this run instead of making it: see `lewm.profile.Profile`. Nothing is written.
         checkpoint_every: Steps between checkpoints.
         progress: Called after every step with (steps done, steps in all, latest metrics).
         **overrides: Any field of `TrainConfig` or `ModelConfig`, by name: `steps=300`, `history=3`.
 
     Returns:
-        The trained model, also saved as `out/model.safetensors`.
+        The trained model, also saved as `out/model.safetensors`; with `profile`, where a step's time goes.
 
     Raises:
         ValueError: Data that cannot be trained on (a constant or non-finite action column, no episode long enough),
@@ -101,12 +137,41 @@ def train(
     data = data if isinstance(data, Dataset) else Dataset(data)
     model_config, train_config = configure(preset, data.action_dim, overrides)
     integer("checkpoint_every", checkpoint_every, 1)
-    run = _Run(data, preset, model_config, train_config, Path(out or f"runs/{preset}-{seed}"), seed, device, resume)
+    if profile and resume:
+        raise ValueError("resume must be False with profile, which makes no run; got True")
+    run = _Run(data, preset, model_config, train_config, seed, device, compile)
+    if profile:
+        from lewm.profile import profiled
+
+        return profiled(run)
+    run.open(Path(out or f"runs/{preset}-{seed}"), resume)
     return run.train(checkpoint_every, progress)
 
 
+def _encode(network: LeWM, frames: Tensor) -> Tensor:
+    """Latents (B, T, D)."""
+    return network.encode(frames)
+
+
+def _predict(network: LeWM, z: Tensor, actions: Tensor) -> Tensor:
+    """The prediction loss, teacher-forced (paper Eq. 1)."""
+    history = network.config.history
+    embedded = network.action_encoder(actions)
+    # Every run of `history` frames predicts each frame that follows one of its own.
+    context, condition, target = (
+        t.unfold(1, history, 1).transpose(2, 3).flatten(0, 1) for t in (z[:, :-1], embedded, z[:, 1:])
+    )
+    return prediction_loss(network.predict(context, condition).float(), target.float())
+
+
 class _Run:
-    """One training run: data order, network, optimiser, logs, checkpoints."""
+    """One training run: data order, network, optimiser, logs, checkpoints.
+
+    Attributes:
+        clock: Called with the name of each part of a step when the host has issued it; set by a profile.
+    """
+
+    out: Path
 
     def __init__(
         self,
@@ -114,10 +179,9 @@ class _Run:
         preset: str,
         model_config: ModelConfig,
         config: TrainConfig,
-        out: Path,
-        seed: int,
-        device: str | None,
-        resume: bool,
+        seed: int = 0,
+        device: str | None = None,
+        compile: bool | None = None,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
@@ -125,11 +189,18 @@ class _Run:
             raise ValueError(f"data must hold square frames, got {data.height}x{data.width}")
         if config.frames <= model_config.history:
             raise ValueError(f"frames must exceed history {model_config.history}, got {config.frames}")
-        self.data, self.preset, self.out, self.seed = data, preset, out, seed
+        if compile not in (None, False, True):
+            raise ValueError(f"compile must be True, False or None, got {compile!r}")
+        self.data, self.preset, self.seed = data, preset, seed
         self.model_config, self.config = model_config, config
         self.device = device_of(device)
+        self.clock: Callable[[str], None] | None = None
         self.train_episodes, self.validation_episodes = data.split(config.validation, seed)
         self.stats = checked_stats(data.action_statistics(self.train_episodes), data.action_dim)
+        self._mean, self._std = (
+            torch.from_numpy(np.tile(self.stats[name], model_config.action_block)) for name in ("mean", "std")
+        )
+        self._upload = _Upload(self.device)
         self.loader = self._loader(seed)
         self.steps = config.steps or max(1, round(config.epochs * len(self.loader)))
         self.step = 0
@@ -143,8 +214,7 @@ class _Run:
             "seed": seed,
             "fingerprint": data.fingerprint(),
         }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _keyed(torch.default_generator, seed):
             self.network = LeWM(model_config)
         self.network.to(self.device)
         self.optimiser = torch.optim.AdamW(
@@ -154,7 +224,8 @@ class _Run:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.amp = _bfloat16_is_native(self.device)
-        self._open_folder(resume)
+        self._parts: tuple[Callable[..., Tensor], Callable[..., Tensor]] = (_encode, _predict)
+        self.compiled = self._compile() if (self.device.type == "cuda" if compile is None else compile) else False
 
     # ----------------------------------------------------------------------------------------------- the run itself
 
@@ -169,17 +240,19 @@ class _Run:
                 self.step += 1
                 self.seconds = time.perf_counter() - started
                 last = self.step == self.steps
-                if self.step % checkpoint_every == 0 or last:
+                checkpoint = self.step % checkpoint_every == 0 or last
+                if checkpoint:
                     losses.update(self._inspect())
-                if self.step % _LOG_EVERY == 0 or self.step == 1 or last or "probe_r2" in losses:
+                if self.step % _LOG_EVERY == 0 or self.step == 1 or checkpoint:
                     self._log(losses, writer)
-                if self.step % checkpoint_every == 0 or last:
+                if checkpoint:
                     self._save()
                 try:
                     if progress:
                         progress(self.step, self.steps, self.metrics)
                     interrupt.check()
                 except KeyboardInterrupt:
+                    self._check(losses)
                     self._save()
                     raise
         finally:
@@ -193,43 +266,82 @@ class _Run:
         return model
 
     def _step(self, frames: Tensor, actions: Tensor) -> dict[str, Any]:
-        """One optimiser step; keyed by (seed, step) alone, so that it does not matter what ran before it."""
-        config = self.config
+        """One optimiser step; keyed by (seed, step) alone, so that it does not matter what ran before it.
+
+        What it returns is on the device, where it may be in work yet: reading a value waits for the step.
+        """
         self.network.train()
         for group in self.optimiser.param_groups:
             group["lr"] = self._learning_rate(self.step)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.step) % 2**63)  # dropout
+        self._mark("host")
+        losses = self._gradients(frames, actions)
+        losses["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip).detach()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self._mark("optimiser")
+        return losses
+
+    def _gradients(self, frames: Tensor, actions: Tensor) -> dict[str, Any]:
+        """Forward and backward."""
+        config = self.config
+        with _keyed(_generator(self.device), (self.seed * 0x9E3779B97F4A7C15 + self.step) % 2**63):  # dropout
             z, prediction = self._losses(frames, actions)
         directions = sigreg_directions(
             self.model_config.embed_dim, config.directions, seed=self.seed, step=self.step, device=self.device
         )
         regulariser = sigreg(z.transpose(0, 1), directions)
         loss = prediction + config.sigreg_weight * regulariser
+        self._mark("sigreg")
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self._mark("encoder backward")
         return {
             "loss": loss.detach(),
             "prediction": prediction.detach(),
             "sigreg": regulariser.detach(),
-            "gradient_norm": norm.detach(),
             "z": z.detach(),
         }
 
     def _losses(self, frames: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (B, T, D) in float32 and the prediction loss, teacher-forced (paper Eq. 1)."""
-        history = self.model_config.history
+        """Latents (B, T, D) in float32 and the prediction loss."""
+        # Compiled for training alone: other modes and shapes would be compiled anew.
+        encode, predict = self._parts if self.network.training else (_encode, _predict)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            z = self.network.encode(frames)
-            embedded = self.network.action_encoder(actions)
-            # Every run of `history` frames predicts each frame that follows one of its own.
-            context, condition, target = (
-                t.unfold(1, history, 1).transpose(2, 3).flatten(0, 1) for t in (z[:, :-1], embedded, z[:, 1:])
+            z = encode(self.network, frames)
+            if self.clock and z.requires_grad:
+                z.register_hook(lambda _: self._mark("predictor and sigreg backward"))
+            self._mark("encoder")
+            prediction = predict(self.network, z, actions)
+            self._mark("predictor")
+        return z.float(), prediction
+
+    def _mark(self, part: str) -> None:
+        if self.clock:
+            self.clock(part)
+
+    def _compile(self) -> bool:
+        """Compiles encoder and predictor by a step on blank data that leaves nothing behind; False: it cannot be."""
+        model, config = self.model_config, self.config
+        side = model.image_size
+        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        try:
+            # Functions, not modules: the names in the state dict stay.
+            self._parts = tuple(
+                torch.compile(part, fullgraph=True, dynamic=False, backend=_COMPILER) for part in (_encode, _predict)
             )
-            predicted = self.network.predict(context, condition)
-        return z.float(), prediction_loss(predicted.float(), target.float())
+            frames = torch.zeros(config.batch_size, config.frames, side, side, 3, dtype=torch.uint8, device=self.device)
+            actions = torch.zeros(config.batch_size, config.frames - 1, model.block_dim, device=self.device)
+            self.network.train()
+            self._gradients(frames, actions)
+        except Exception as error:  # whatever a compiler on a machine we do not know raises
+            self._parts = (_encode, _predict)
+            text = f"training goes on without torch.compile, which failed: {type(error).__name__}: {brief(error)}"
+            warnings.warn(text, stacklevel=2)
+            return False
+        finally:
+            self.optimiser.zero_grad(set_to_none=True)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return True
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up over `warmup` of the run, then a cosine that reaches zero after `schedule` runs."""
@@ -250,32 +362,31 @@ class _Run:
             episodes=self.train_episodes,
             seed=seed,
             pin_memory=self.device.type == "cuda",
-            transform=self._prepared,
+            transform=lambda batch: self._upload.send(*self._prepared(batch)),
         )
 
-    def _batches(self, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _batches(self, step: int, end: int | None = None) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Batches from `step` on: every epoch is a permutation keyed by (seed, epoch), its remainder dropped."""
+        end = self.steps if end is None else end
         self.loader.set_epoch(*divmod(step, len(self.loader)))
-        while step < self.steps:
-            for batch in self.loader:
+        while step < end:
+            for sent in self.loader:
+                self._mark("data")
+                batch = self._upload.receive(sent)
+                self._mark("copy")
                 yield batch
                 step += 1
-                if step == self.steps:
+                if step == end:
                     break
 
     def _read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         batch = self.data.batch(windows, self.config.frames, self.model_config.action_block)
-        return self._prepared(Batch(*map(torch.from_numpy, batch)))
+        frames, actions = self._prepared(Batch(*map(torch.from_numpy, batch)))
+        return frames.to(self.device), actions.to(self.device)
 
     def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Frames of the model's size and normalised actions, on the device."""
-        frames, actions = self._resized(batch.frames), batch.actions
-        block = self.model_config.action_block
-        mean, std = (torch.from_numpy(np.tile(self.stats[name], block)) for name in ("mean", "std"))
-        actions = ((actions - mean) / std).float()
-        if self.device.type == "cuda":
-            frames, actions = frames.pin_memory(), actions.pin_memory()  # the frames are, unless they were resized
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in (frames, actions))
+        """Frames of the model's size, uint8 (the network normalises them), and normalised actions."""
+        return self._resized(batch.frames), ((batch.actions - self._mean) / self._std).float()
 
     def _resized(self, frames: Any) -> Any:
         size = self.model_config.image_size
@@ -328,13 +439,9 @@ class _Run:
         return _BatchStatistics(self.network)
 
     def _log(self, losses: dict[str, Any], writer: Any) -> None:
-        z = losses.pop("z").flatten(0, 1).float().cpu().numpy()
-        row = {name: float(value) for name, value in losses.items()}
-        if not math.isfinite(row["loss"]) or not math.isfinite(row["gradient_norm"]):
-            raise FloatingPointError(
-                f"at step {self.step} the loss is {row['loss']} and the gradient's norm {row['gradient_norm']}: "
-                f"lower learning_rate (now {self.config.learning_rate:g}); the last checkpoint in {self.out} is intact"
-            )
+        self._check(losses)
+        row = {name: float(value) for name, value in losses.items() if name != "z"}
+        z = losses["z"].flatten(0, 1).float().cpu().numpy()
         row.update(
             step=self.step,
             sigreg_per_sample=row["sigreg"] / self.config.batch_size,
@@ -351,6 +458,14 @@ class _Run:
                 if name not in ("step", "seconds"):
                     writer.add_scalar(name, value, self.step)
         self._warn_of_collapse(row)
+
+    def _check(self, losses: dict[str, Any]) -> None:
+        loss, norm = float(losses["loss"]), float(losses["gradient_norm"])
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise FloatingPointError(
+                f"at step {self.step} the loss is {loss} and the gradient's norm {norm}: "
+                f"lower learning_rate (now {self.config.learning_rate:g}); the last checkpoint in {self.out} is intact"
+            )
 
     def _warn_of_collapse(self, row: dict[str, float]) -> None:
         """Once per run, after a grace of 150 steps or the warm-up, in which latents are still spreading out."""
@@ -388,8 +503,8 @@ class _Run:
             norm.momentum = None  # plain average
             norm.train()
         self.loader.set_epoch(2**32 - 1)  # an order that training does not come to
-        for frames, actions in islice(self.loader, _PRECISE_BATCHES):
-            self._losses(frames, actions)
+        for sent in islice(self.loader, _PRECISE_BATCHES):
+            self._losses(*self._upload.receive(sent))
         for norm in norms:
             norm.momentum = 0.1
         self.network.eval()
@@ -419,6 +534,7 @@ class _Run:
                 },
                 "device": str(self.device),
                 "bfloat16": self.amp,
+                "compiled": self.compiled,
             },
         }
         device = None if self.device.type == "cpu" else str(self.device)
@@ -434,8 +550,9 @@ class _Run:
             self.out / "checkpoint.safetensors", {k: v.detach().cpu().numpy() for k, v in tensors.items()}, header
         )
 
-    def _open_folder(self, resume: bool) -> None:
-        out, checkpoint = self.out, self.out / "checkpoint.safetensors"
+    def open(self, out: Path, resume: bool = False) -> None:
+        """Begins a run in the folder, or goes on with the one there."""
+        self.out, checkpoint = out, out / "checkpoint.safetensors"
         if not resume:
             if out.is_dir() and any(out.iterdir()):
                 raise ValueError(f"out must be a new or empty folder, or resume must be set; {out} holds files")
@@ -495,6 +612,36 @@ class _Run:
         write_atomically(path, "".join([",".join(_COLUMNS) + "\n", *kept]).encode())
 
 
+class _Upload:
+    """Batches on their way to the device: on CUDA on a stream of their own, while the steps before compute."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """Copies to the device and what to wait for; called in the loader's thread, which it does not hold up.
+
+        The host's side needs no care: torch gives page-locked memory out again only after the copies from it.
+        """
+        if self.stream is None:
+            return tuple(tensor.to(self.device) for tensor in tensors), None
+        with torch.cuda.stream(self.stream):
+            there = tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors)
+            return there, self.stream.record_event()
+
+    def receive(self, sent: tuple[tuple[Tensor, ...], Any]) -> tuple[Tensor, ...]:
+        """The copies, for the stream of the calling thread: the device waits for them, the host does not."""
+        tensors, arrived = sent
+        if arrived is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(arrived)
+            for tensor in tensors:
+                # They were allocated on the other stream, which must not write there again before this one is done.
+                tensor.record_stream(stream)
+        return tensors
+
+
 class _HeldInterrupt:
     """Holds Ctrl-C back until `check`, so that what is saved is the whole state of a step; a second one is not held."""
 
@@ -541,6 +688,30 @@ class _BatchStatistics:
 
     def _norms(self) -> list[torch.nn.BatchNorm1d]:
         return [m for m in self.network.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+
+
+@contextlib.contextmanager
+def _keyed(generator: torch.Generator, key: int) -> Iterator[None]:
+    """Within it the generator is seeded with `key`; after it, it is as it was.
+
+    A generator's state is the host's, also on CUDA: nothing waits. (`torch.manual_seed` would reseed every device.)
+    """
+    before = generator.get_state()
+    generator.manual_seed(key)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that dropout draws from on this device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    module = getattr(torch, device.type)  # cuda, xpu
+    return module.default_generators[module.current_device() if device.index is None else device.index]
 
 
 def _bfloat16_is_native(device: torch.device) -> bool:
