@@ -132,15 +132,24 @@ class Rows:
 class Peer:
     """A process of another Python with stable-worldmodel, asked in turn; see `benches/peer_cem.py`."""
 
-    def __init__(self, python: str, model: lewm.Model, obs: np.ndarray, goal: np.ndarray, cases: np.ndarray) -> None:
+    def __init__(
+        self,
+        python: str,
+        model: lewm.Model,
+        obs: np.ndarray,
+        goal: np.ndarray,
+        cases: np.ndarray,
+        device: str = "cpu",
+    ) -> None:
         self.folder = tempfile.TemporaryDirectory()
         folder, config = Path(self.folder.name), model.config
         np.savez(folder / "model.npz", **model._engine.weights())
         seen = {name: _as_the_vit_takes(picture) for name, picture in (("obs", obs), ("goal", goal))}
         np.savez(folder / "case.npz", candidates=cases, **seen)
         numbers = {**asdict(config), "block_dim": config.block_dim}
-        (folder / "case.json").write_text(json.dumps({"config": numbers, "threads": THREADS}))
-        environ = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        (folder / "case.json").write_text(json.dumps({"config": numbers, "threads": THREADS, "device": device}))
+        environ = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+        environ |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         self.log = (folder / "log").open("w+")
         self.process = subprocess.Popen(
             [python, str(ROOT / "benches" / "peer_cem.py"), str(folder)],

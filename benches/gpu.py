@@ -1,10 +1,12 @@
 """One CUDA machine in a few minutes: does it agree with the official numbers, and how fast is it?
 
-    python -m benches.gpu [--out benches/results/NAME.jsonl] [--quick]
+    python -m benches.gpu [--out benches/results/NAME.jsonl] [--peer PYTHON] [--quick]
 
-Checks parity in float32 and says what bfloat16 gives, then times SIGReg beside its reference, whole plans and training
-steps, in one process. Writes one JSON row per measurement, with device, driver and versions. It needs no network.
-`--quick` shrinks everything to a check that the script runs (on a CPU too).
+Checks parity and the gates of each precision, then times SIGReg beside its reference, whole plans (the loop on the
+device, the Rust loop with the same kernels, the `torch` back end, and with `--peer`, a Python that has it,
+stable-worldmodel's CEMSolver with the same weights) and training steps. Writes one JSON row per measurement, with
+device, driver and versions. It needs no network and ends within 9 minutes. `--quick` shrinks everything to a check that
+the script runs (on a CPU too, where the kernels run in Triton's interpreter if TRITON_INTERPRET is 1).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import datetime
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,12 +33,17 @@ import lewm
 from lewm.config import configure
 from lewm.losses import sigreg, sigreg_directions
 from lewm.network import LeWM
+from lewm.planner import core_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "parity"), str(ROOT / "benches")]
 import rule  # noqa: E402
 from bench_sigreg import official  # noqa: E402
+from cpu_plan import Peer  # noqa: E402
 
+PRECISIONS = ("float32", "tf32", "bfloat16")
+QUICK = lewm.CEM(samples=8, iterations=2, elites=2, horizon=2)
+SMALL = {"predictor_dim": 48, "embed_dim": 48, "predictor_mlp": 96, "projector_hidden": 64, "predictor_depth": 1}
 STATS = {"mean": [0.0, 0.0], "std": [0.5, 0.5], "low": [-1.0, -1.0], "high": [1.0, 1.0]}
 
 
@@ -88,11 +96,26 @@ class Rows:
             row["peak_mb"] = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
 
 
+def model_of(preset: str, backend: str, precision: str, device: str, quick: bool = False) -> lewm.Model:
+    """The rule-made weights at preset `paper`, random ones else."""
+    if preset == "paper":
+        weights = rule.weights(1)
+        return lewm.Model.from_state_dict(weights, stats=STATS, backend=backend, precision=precision, device=device)
+    config, _ = configure(preset, 2, SMALL if quick else {})
+    torch.manual_seed(0)
+    network = LeWM(config)
+    for parameter in network.parameters():
+        if parameter.dim() == 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)  # else no action would have an effect
+    state = network.state_dict()
+    return lewm.Model(config, state, stats=STATS, backend=backend, precision=precision, device=device)
+
+
 def parity(rows: Rows) -> None:
-    """Encoder, predictor and rollout against the committed case."""
+    """Encoder, predictor and rollout of both back ends against the committed case."""
     x, want = rule.inputs(1), np.load(ROOT / "tests" / "parity" / "expected_seed1.npz")
-    for precision in ("float32", "bfloat16"):
-        model = lewm.Model.from_state_dict(rule.weights(1), stats=STATS, precision=precision, device=rows.device)
+    for backend, precision in (("torch", "float32"), ("torch", "bfloat16"), *(("cuda", p) for p in PRECISIONS)):
+        model = model_of("paper", backend, precision, rows.device)
         z = model.encode(x["obs"])
         rollout = model.rollout(z, x["candidates"])
         costs = model.costs(z, model.encode(x["goal"])[:, 0], x["candidates"])
@@ -102,9 +125,49 @@ def parity(rows: Rows) -> None:
         }
         rank = np.argsort(np.argsort(costs[0])), np.argsort(np.argsort(want["costs"][0]))
         errors["spearman"] = float(np.corrcoef(*rank)[0, 1])
-        rows.add(f"parity {precision}", **{k: float(f"{v:.6g}") for k, v in errors.items()})
+        rows.add(f"parity {backend} {precision}", **{k: float(f"{v:.6g}") for k, v in errors.items()})
         if precision == "float32" and max(errors["eval_emb"] / 1e-5, errors["rollout"] / 1e-4) > 1:
             raise SystemExit(f"parity fails on this device, nothing is timed: {errors}")
+
+
+def gates(rows: Rows, quick: bool) -> None:
+    """What may be offered: float32 keeps the reference's elites, the others rank first candidates as it does."""
+    preset, planner = ("tiny", QUICK) if quick else ("paper", lewm.CEM())
+    exact = model_of(preset, "torch", "float32", rows.device, quick)
+    draw = np.random.default_rng(1)
+    width, sets = exact.config.embed_dim, 1 if quick else 10
+    z, goal = (draw.standard_normal((sets, *shape), np.float32) for shape in ((1, width), (width,)))
+    samples, best = planner.samples, planner.elites
+
+    cuda = model_of(preset, "cuda", "float32", rows.device, quick)
+    moved = close = iterations = 0
+
+    def reference(candidates: np.ndarray) -> np.ndarray:
+        nonlocal moved, close, iterations
+        want, got = exact.costs(z[:1], goal[:1], candidates)[0], cuda.costs(z[:1], goal[:1], candidates)[0]
+        if len(want) < best:
+            return want[None]  # the final mean
+        cut = np.sort(want)[best - 1]
+        other = np.setxor1d(np.argsort(want, kind="stable")[:best], np.argsort(got, kind="stable")[:best])
+        ties = np.abs(want[other] - cut) <= 1e-5 * abs(cut)
+        close, moved, iterations = close + int(ties.sum()), moved + int((~ties).sum()), iterations + 1
+        return want[None]
+
+    shape = (1, planner.horizon, exact.config.block_dim)
+    bounds = {"low": -np.ones(shape[2]), "high": np.ones(shape[2])}
+    core_of(planner, np.dtype(np.float32)).solve(reference, np.zeros(shape), **bounds)
+    rows.add("elites float32", moved=moved, ties=close, iterations=iterations, samples=samples)
+
+    candidates = lewm._core.noise(0, np.arange(sets), 0, 0, samples, planner.horizon * shape[2])
+    candidates = candidates.reshape(sets, samples, *shape[1:])
+    ranks = np.argsort(np.argsort(exact.costs(z, goal, candidates)))
+    for precision in PRECISIONS:
+        model = model_of(preset, "cuda", precision, rows.device, quick)
+        found = np.argsort(np.argsort(model.costs(z, goal, candidates)))
+        spearman = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(ranks, found, strict=True)])
+        overlap = ((ranks < best) & (found < best)).sum(1).mean() / best
+        rows.add(f"agreement {preset}", precision=precision, sets=sets, spearman=float(f"{spearman:.6g}"),
+                 overlap=float(f"{overlap:.4g}"))  # fmt: skip
 
 
 def gemm_floor(rows: Rows) -> None:
@@ -180,35 +243,69 @@ def _official_double(z: Any, directions: Any) -> Any:
         torch.set_default_dtype(before)
 
 
-def plans(rows: Rows, quick: bool) -> None:
-    """Whole plans, encode included and the goal given as latents: the Rust loop driving the PyTorch rollout."""
-    for preset, planner in (("paper", lewm.CEM()), ("tiny", lewm.CEM(samples=100, iterations=10, elites=10))):
-        planner = lewm.CEM(samples=8, iterations=2, elites=2) if quick else planner
-        weights = rule.weights(1) if preset == "paper" else None
-        for precision in ("float32", "bfloat16"):
-            if weights is None:
-                config, _ = configure(preset, 2, {})
-                network = LeWM(config)
-                model = lewm.Model(config, network.state_dict(), stats=STATS, precision=precision, device=rows.device)
-            else:
-                model = lewm.Model.from_state_dict(weights, stats=STATS, precision=precision, device=rows.device)
-            size = model.config.image_size
-            frames = np.random.default_rng(0).integers(0, 256, (50, size, size, 3), np.uint8)
-            goals = model.encode(frames[::-1].copy())
-            for environments in (1,) if quick else (1, 50):
-                obs = frames[:environments] if environments > 1 else frames[0]
-                goal = goals[:environments] if environments > 1 else goals[0]
-                rounds = 2 if quick else 20 if environments == 1 else 5
+def plans(rows: Rows, quick: bool, python: str | None) -> None:
+    """Whole plans, encode included and the goal given as latents, in turn within one process."""
+    budgets = (("tiny", QUICK),) if quick else (("paper", lewm.CEM()), ("tiny", lewm.CEM(100, 10, 10)))
+    for preset, planner in budgets:
+        first = model_of(preset, "torch", "float32", rows.device, quick)
+        size = first.config.image_size
+        frames = np.random.default_rng(0).integers(0, 256, (50, size, size, 3), np.uint8)
+        goals = first.encode(frames[::-1].copy())
+        reference = {}
+        for environments in (1,) if quick else (1, 50):
+            obs = frames[:environments] if environments > 1 else frames[0]
+            goal = goals[:environments] if environments > 1 else goals[0]
+            cases = [("torch", "float32", ""), ("torch", "bfloat16", "")]
+            if kernels_run(rows.device):
+                cases += [("cuda", p, "device") for p in PRECISIONS] + [("cuda", "bfloat16", "host")]
+            for backend, precision, loop in cases:
+                model = model_of(preset, backend, precision, rows.device, quick)
+                if loop:
+                    model._engine.loop = loop
+                rounds = 2 if quick else (100 if loop else 10) // (1 if environments == 1 else 5)
                 times = rows.timed(
                     lambda m=model, p=planner, o=obs, g=goal: lewm.plan(o, g, model=m, planner=p), rounds
                 )
+                per_plan = times["p50_ms"] / environments
+                reference.setdefault(environments, per_plan)
                 rows.add(
                     f"plan {preset} {planner.samples}x{planner.iterations}",
+                    backend=backend,
                     precision=precision,
+                    **({"loop": loop} if loop else {}),
                     environments=environments,
-                    per_plan_ms=round(times["p50_ms"] / environments, 3),
+                    per_plan_ms=round(per_plan, 3),
+                    times_torch=round(reference[environments] / per_plan, 2),
                     **times,
                 )
+        if python and preset == "paper":
+            peer(rows, python, first, frames, planner)
+
+
+def peer(rows: Rows, python: str, model: lewm.Model, frames: np.ndarray, planner: lewm.CEM) -> None:
+    """stable-worldmodel's CEMSolver on the same device with the same weights: as it is, in bfloat16, and compiled."""
+    candidates = lewm._core.noise(0, [0], 0, 0, 8, planner.horizon * model.config.block_dim)
+    candidates = candidates.reshape(1, 8, planner.horizon, -1)
+    other = Peer(python, model, frames[0], frames[1], candidates, device=rows.device)
+    budget = {name: getattr(planner, name) for name in ("samples", "iterations", "elites", "horizon")}
+    for bfloat16, compiled in ((False, False), (True, False), (True, True)):
+        seconds = [other.ask("plan", **budget, bfloat16=bfloat16, compiled=compiled) for _ in range(7)][2:]
+        rows.add(
+            f"plan paper {planner.samples}x{planner.iterations}",
+            backend="stable-worldmodel",
+            precision="bfloat16" if bfloat16 else "float32",
+            compiled=compiled,
+            environments=1,
+            p50_ms=round(1e3 * statistics.median(seconds), 3),
+            p95_ms=round(1e3 * max(seconds), 3),
+            **other.ask("versions"),
+        )
+    other.close()
+
+
+def kernels_run(device: str) -> bool:
+    """Whether the kernels can run: on a GPU, or interpreted."""
+    return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def steps(rows: Rows, quick: bool) -> None:
@@ -241,6 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs every measurement and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON lines to write")
+    parser.add_argument("--peer", help="a Python that has stable-worldmodel and transformers")
     parser.add_argument("--quick", action="store_true", help="only check that everything runs")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -251,8 +349,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.quick:
         parity(rows)
         gemm_floor(rows)
+    if kernels_run(device):
+        gates(rows, options.quick)
     regulariser(rows, options.quick)
-    plans(rows, options.quick)
+    plans(rows, options.quick, options.peer)
     steps(rows, options.quick)
     if options.out:
         text = io.StringIO()

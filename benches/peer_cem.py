@@ -1,7 +1,7 @@
 """stable-worldmodel's LeWM and CEMSolver behind a pipe: what `benches.cpu_plan` starts in the Python that has them.
 
 The only argument is a folder with `model.npz` (weights under the official names), `case.npz` (obs and goal (3, S, S)
-float32 as the ViT takes them, candidates (1, S, H, A)) and `case.json` (architecture, budget, threads). Each line of
+float32 as the ViT takes them, candidates (1, S, H, A)) and `case.json` (architecture, threads, device). Each line of
 standard input is a request, each line of standard output its answer, both JSON. Nothing of lewm is imported here.
 """
 
@@ -70,7 +70,8 @@ class Peer:
         case = json.loads((folder / "case.json").read_text())
         torch.set_num_threads(case["threads"])
         with np.load(folder / "model.npz") as file:
-            self.model = build(case["config"], dict(file))
+            self.model = build(case["config"], dict(file)).to(case["device"])
+        self.device, self.compiled = case["device"], False
         self.config, self.arrays = case["config"], dict(np.load(folder / "case.npz"))
 
     def versions(self) -> dict[str, str]:
@@ -81,34 +82,41 @@ class Peer:
         import torch
 
         obs, goal = (torch.from_numpy(self.arrays[name])[None, None] for name in ("obs", "goal"))  # (B, T, 3, S, S)
-        return {"pixels": obs, "goal": goal, "action": torch.zeros(1, 1, self.config["block_dim"])}
+        info = {"pixels": obs, "goal": goal, "action": torch.zeros(1, 1, self.config["block_dim"])}
+        return {name: value.to(self.device) for name, value in info.items()}
 
     def costs(self) -> list[float]:
         """Of the case's candidates, as the solver asks for them."""
         import torch
 
-        candidates = torch.from_numpy(self.arrays["candidates"])
+        candidates = torch.from_numpy(self.arrays["candidates"]).to(self.device)
         samples = candidates.shape[1]
         info = {k: v[:, None].expand(1, samples, *v.shape[1:]) for k, v in self.info().items()}
         with torch.inference_mode():
             return self.model.get_cost(info, candidates)[0].tolist()
 
-    def plan(self, samples: int, iterations: int, elites: int, horizon: int, bfloat16: bool) -> float:
-        """Seconds of one solve."""
+    def plan(
+        self, samples: int, iterations: int, elites: int, horizon: int, bfloat16: bool, compiled: bool = False
+    ) -> float:
+        """Seconds of one solve. Once asked for, the predictor stays compiled."""
         import gymnasium
         import torch
         from stable_worldmodel import PlanConfig
         from stable_worldmodel.solver import CEMSolver
 
-        solver = CEMSolver(self.model, num_samples=samples, n_steps=iterations, topk=elites)
+        if compiled and not self.compiled:
+            self.model.predictor, self.compiled = torch.compile(self.model.predictor), True
+        solver = CEMSolver(self.model, num_samples=samples, n_steps=iterations, topk=elites, device=self.device)
         block = self.config["action_block"]
         space = gymnasium.spaces.Box(-1, 1, (1, self.config["action_dim"]))
         settings = PlanConfig(horizon=horizon, receding_horizon=horizon, action_block=block)
         solver.configure(action_space=space, n_envs=1, config=settings)
         info = self.info()
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+        with torch.autocast(self.device, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
             solver.solve(info)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
         return time.perf_counter() - start
 
 

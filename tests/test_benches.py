@@ -65,8 +65,16 @@ def test_the_work_of_a_plan_is_counted_as_published():
 def test_the_gpu_bench_runs_on_a_cpu_when_asked_for_a_check(tmp_path):
     pytest.importorskip("torch")
     rows, _ = rows_of(tmp_path, "gpu")
-    assert {row["name"].split(",")[0].split(" ")[0] for row in rows} == {"sigreg", "plan", "training"}
-    assert all(row["p50_ms"] > 0 and row["torch"] for row in rows)
+    assert {row["name"].split(",")[0].split(" ")[0] for row in rows} == {
+        "elites", "agreement", "sigreg", "plan", "training",
+    }  # fmt: skip
+    assert all(row["torch"] for row in rows)
+    assert all(row["p50_ms"] > 0 for row in rows if row["name"].startswith(("sigreg", "plan")))
+    assert {(row["backend"], row.get("loop")) for row in rows if row["name"].startswith("plan")} == {
+        ("torch", None), ("cuda", "device"), ("cuda", "host"),
+    }  # fmt: skip
+    assert [row["moved"] for row in rows if row["name"] == "elites float32"] == [0]
+    assert all(row["spearman"] > 0.9 for row in rows if row["name"].startswith("agreement"))
     errors = [row["gradient_error"] for row in rows if "gradient_error" in row]
     assert len(errors) == 2
     assert max(errors) < 1e-5

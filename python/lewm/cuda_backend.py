@@ -48,9 +48,14 @@ class CudaBackend(TorchBackend):
     `precision` is that of the rollout: "bfloat16" rounds the factors of matrix products and sums them in float32,
     "tf32" rounds them to 11 bits, "float32" to 22. "auto" is bfloat16 where the model ranks candidates in it as in
     float32 (`lewm.cpu_backend.agreement`), else float32.
+
+    Attributes:
+        loop: Where a `lewm.CEM` searches: on the "device", or on the "host", where the Rust loop sends candidates and
+            gets costs in each iteration. Other planners search on the host.
     """
 
     name = "cuda"
+    loop = "device"
 
     def __init__(self, config: ModelConfig, weights: dict[str, Any], precision: str, device: str | None) -> None:
         if precision not in ("auto", *PRECISIONS):
@@ -95,9 +100,10 @@ class CudaBackend(TorchBackend):
         past = None if past_actions is None else self.tensor(past_actions)
         return self._kernels.scored(self.tensor(z), self.tensor(goal), self.tensor(candidates), past)
 
-    def objective(self, z: Any, goal: Any, past_actions: Any | None) -> Objective:
-        """The costs of candidates; it can also `solve` by itself."""
-        return Objective(self._kernels, *(None if x is None else to_numpy(x) for x in (z, goal, past_actions)))
+    def objective(self, z: Any, goal: Any, past_actions: Any | None) -> Any:
+        """The costs of candidates (E, S, H, A); with the loop on the device it can also `solve` by itself."""
+        found = Objective(self._kernels, *(None if x is None else to_numpy(x) for x in (z, goal, past_actions)))
+        return found if self.loop == "device" else found.__call__
 
 
 class _Recent:
