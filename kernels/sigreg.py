@@ -11,6 +11,7 @@ import triton.language as tl
 
 from lewm.kernels.philox import normals
 
+ENV_ID = tl.constexpr(0xFFFFFFFF)  # the environment whose noise directions are made of, as in Rust
 LAST_KNOT = 3.0  # knot k of K is k * LAST_KNOT / (K - 1), k = 0 .. K-1
 
 
@@ -46,29 +47,23 @@ def _project(z_ptr, u_ptr, rows, cols, B, D, P, z_stride_b, z_stride_d, u_stride
 
 
 @triton.jit
-def _noise(seed, step, block, cols, D):
-    """Numbers 4 block .. 4 block + 3 of directions `cols`, not yet divided by their norm; zero from number D on."""
-    # The last environment is the one that rust/core/src/engine/sigreg.rs makes directions of.
-    n0, n1, n2, n3 = normals(seed, step, 0, 0xFFFFFFFF, cols, block)
-    return (tl.where(4 * block < D, n0, 0.0), tl.where(4 * block + 1 < D, n1, 0.0),
-            tl.where(4 * block + 2 < D, n2, 0.0), tl.where(4 * block + 3 < D, n3, 0.0))  # fmt: skip
-
-
-@triton.jit
 def _project_keyed(z_ptr, seed, step, rows, cols, B, D, z_stride_b, z_stride_d, BLOCK_B: tl.constexpr,
                    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """(h, 1 / norm): h as in `_project` along the directions of a key, whose numbers `_noise` gives before division."""
+    """(h, 1 / norm): h as in `_project`, along the directions of a key, which are noise divided by its norm."""
     h = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
     square = tl.zeros((BLOCK_P,), tl.float32)
     for d0 in range(0, D, 4 * BLOCK_D):
         block = d0 // 4 + tl.arange(0, BLOCK_D)
-        u = _noise(seed, step, block[:, None], cols[None, :], D)
-        square += tl.sum(u[0] * u[0] + u[1] * u[1] + u[2] * u[2] + u[3] * u[3], axis=0)
+        u = normals(seed, step, 0, ENV_ID, cols[None, :], block[:, None])
+        d = 4 * block[:, None]
+        squares = tl.where(d < D, u[0] * u[0], 0.0) + tl.where(d + 1 < D, u[1] * u[1], 0.0)
+        squares += tl.where(d + 2 < D, u[2] * u[2], 0.0) + tl.where(d + 3 < D, u[3] * u[3], 0.0)
+        square += tl.sum(squares, axis=0)
         # One product for each of the four, so that they never have to be interleaved.
         for j in tl.static_range(4):
-            d = (4 * block + j).to(tl.int64)
-            z = tl.load(z_ptr + rows[:, None] * z_stride_b + d[None, :] * z_stride_d,
-                        mask=(rows[:, None] < B) & (d[None, :] < D), other=0.0).to(tl.float32)  # fmt: skip
+            column = (4 * block + j).to(tl.int64)[None, :]
+            z = tl.load(z_ptr + rows[:, None] * z_stride_b + column * z_stride_d,
+                        mask=(rows[:, None] < B) & (column < D), other=0.0).to(tl.float32)  # fmt: skip
             h = tl.dot(z, u[j], h, input_precision=PRECISION)
     # Where D is 1 a direction can be zero, and stays that.
     inverse = tl.rsqrt(tl.maximum(square, 1e-30))
@@ -131,7 +126,7 @@ def _sigreg_bwd_kernel(z_ptr, u_ptr, ecf_ptr, statistic_grad_ptr, ecf_grad_ptr, 
     row_blocks = tl.cdiv(B, BLOCK_B)
     t = (tl.program_id(0) // row_blocks).to(tl.int64)
     rows = ((tl.program_id(0) % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    split = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
     out_cols = (tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
     out_block = tl.program_id(2) * (BLOCK_OUT // 4) + tl.arange(0, BLOCK_OUT // 4)
     if KEYED:
@@ -178,7 +173,7 @@ def _sigreg_bwd_kernel(z_ptr, u_ptr, ecf_ptr, statistic_grad_ptr, ecf_grad_ptr, 
             imag = x * sin1 + y * cos1
         if KEYED:
             real *= inverse[None, :]
-            u0, u1, u2, u3 = _noise(seed, step, out_block[None, :], cols[:, None], D)
+            u0, u1, u2, u3 = normals(seed, step, 0, ENV_ID, cols[:, None], out_block[None, :])
             acc0 = tl.dot(real, u0, acc0, input_precision=PRECISION)
             acc1 = tl.dot(real, u1, acc1, input_precision=PRECISION)
             acc2 = tl.dot(real, u2, acc2, input_precision=PRECISION)
@@ -187,7 +182,7 @@ def _sigreg_bwd_kernel(z_ptr, u_ptr, ecf_ptr, statistic_grad_ptr, ecf_grad_ptr, 
             u = tl.load(u_ptr + out_cols[None, :] * u_stride_d + cols[:, None] * u_stride_p,
                         mask=(out_cols[None, :] < D) & live[:, None], other=0.0).to(tl.float32)  # fmt: skip
             acc = tl.dot(real, u, acc, input_precision=PRECISION)
-    out = out_ptr + ((split * T + t) * B + rows[:, None]) * D
+    out = out_ptr + ((split.to(tl.int64) * T + t) * B + rows[:, None]) * D
     if KEYED:
         d = 4 * out_block[None, :]
         tl.store(out + d, acc0 / B, mask=(rows[:, None] < B) & (d < D))

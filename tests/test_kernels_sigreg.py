@@ -305,13 +305,11 @@ for keyed in (False, True):
     counts |= {
         "forward" + key: machine_code(fwd, forward),
         "forward of bfloat16" + key: machine_code(fwd, forward, z="bf16"),
-        "forward of ones" + key: machine_code(fwd, sigreg.forward_tiles(1, 2, "ieee", keyed), ones="BDP"),
         "backward" + key: machine_code(bwd, backward | of_statistic),
-        "backward of bfloat16" + key: machine_code(bwd, backward | of_statistic, z="bf16"),
         "backward of the characteristic function" + key: machine_code(bwd, backward | of_ecf),
-        "backward of ones" + key: machine_code(
-            bwd, sigreg.backward_tiles(1, 1, 2, "ieee", keyed) | of_statistic, ones="TBDP"),
     }
+counts["forward of ones"] = machine_code(fwd, sigreg.forward_tiles(1, 2, "ieee"), ones="BDP")
+counts["backward of ones"] = machine_code(bwd, sigreg.backward_tiles(1, 1, 2, "ieee") | of_statistic, ones="TBDP")
 print(json.dumps(counts))
 """
 
