@@ -1,13 +1,17 @@
 """SIGReg in one pass: projection, Epps-Pulley sums and their gradient, for Triton.
 
-Neither the projections (T, B, P) nor anything of size (T, B, P, K) reaches memory. The derivation is in README.md
-beside this file; `lewm.losses` holds the same mathematics in PyTorch and chooses between the two.
+Neither the projections (T, B, P) nor anything of size (T, B, P, K) reaches memory, and of directions made from a key
+nothing does. The derivation is in README.md beside this file; `lewm.losses` holds the same mathematics in PyTorch and
+chooses between the two.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from lewm.kernels.philox import normals
+
+ENV_ID = tl.constexpr(0xFFFFFFFF)  # the environment whose noise directions are made of, as in Rust
 LAST_KNOT = 3.0  # knot k of K is k * LAST_KNOT / (K - 1), k = 0 .. K-1
 
 
@@ -43,20 +47,50 @@ def _project(z_ptr, u_ptr, rows, cols, B, D, P, z_stride_b, z_stride_d, u_stride
 
 
 @triton.jit
-def _sigreg_fwd_kernel(z_ptr, u_ptr, statistic_ptr, ecf_ptr, B, D, P,
+def _project_keyed(z_ptr, seed, step, rows, cols, B, D, z_stride_b, z_stride_d, BLOCK_B: tl.constexpr,
+                   BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """(h, 1 / norm): h as in `_project`, along the directions of a key, which are noise divided by its norm."""
+    h = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
+    square = tl.zeros((BLOCK_P,), tl.float32)
+    for d0 in range(0, D, 4 * BLOCK_D):
+        block = d0 // 4 + tl.arange(0, BLOCK_D)
+        u = normals(seed, step, 0, ENV_ID, cols[None, :], block[:, None])
+        d = 4 * block[:, None]
+        squares = tl.where(d < D, u[0] * u[0], 0.0) + tl.where(d + 1 < D, u[1] * u[1], 0.0)
+        squares += tl.where(d + 2 < D, u[2] * u[2], 0.0) + tl.where(d + 3 < D, u[3] * u[3], 0.0)
+        square += tl.sum(squares, axis=0)
+        # One product for each of the four, so that they never have to be interleaved.
+        for j in tl.static_range(4):
+            column = (4 * block + j).to(tl.int64)[None, :]
+            z = tl.load(z_ptr + rows[:, None] * z_stride_b + column * z_stride_d,
+                        mask=(rows[:, None] < B) & (column < D), other=0.0).to(tl.float32)  # fmt: skip
+            h = tl.dot(z, u[j], h, input_precision=PRECISION)
+    # Where D is 1 a direction can be zero, and stays that.
+    inverse = tl.rsqrt(tl.maximum(square, 1e-30))
+    return h * inverse[None, :], inverse
+
+
+@triton.jit
+def _sigreg_fwd_kernel(z_ptr, u_ptr, statistic_ptr, ecf_ptr, seed, B, D, P,
                        z_stride_t, z_stride_b, z_stride_d, u_stride_d, u_stride_p,
-                       KNOTS: tl.constexpr, DT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-                       BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                       KEYED: tl.constexpr, KNOTS: tl.constexpr, DT: tl.constexpr, BLOCK_B: tl.constexpr,
+                       BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
     """ecf[t, :, k-1, p] = mean_b (cos, sin)(t_k h[b, p]);  statistic[t, p] = B sum_k w_k |ecf_k - exp(-t_k^2/2)|^2."""
     t = tl.program_id(0).to(tl.int64)
     cols = (tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    step = tl.load(u_ptr) if KEYED else 0
     index = tl.arange(0, BLOCK_K)[:, None]
     cos_sum = tl.zeros((BLOCK_K, BLOCK_P), tl.float32)
     sin_sum = tl.zeros((BLOCK_K, BLOCK_P), tl.float32)
     for b0 in range(0, B, BLOCK_B):
         rows = (b0 + tl.arange(0, BLOCK_B)).to(tl.int64)
-        h = _project(z_ptr + t * z_stride_t, u_ptr, rows, cols, B, D, P, z_stride_b, z_stride_d, u_stride_d, u_stride_p,
-                     BLOCK_B, BLOCK_P, BLOCK_D, PRECISION)  # fmt: skip
+        if KEYED:
+            h, _ = _project_keyed(z_ptr + t * z_stride_t, seed, step, rows, cols, B, D, z_stride_b,
+                                  z_stride_d, BLOCK_B, BLOCK_P, BLOCK_D, PRECISION)  # fmt: skip
+        else:
+            h = _project(z_ptr + t * z_stride_t, u_ptr, rows, cols, B, D, P, z_stride_b, z_stride_d, u_stride_d,
+                         u_stride_p, BLOCK_B, BLOCK_P, BLOCK_D, PRECISION)  # fmt: skip
         sin1, cos1 = _sincos(h * DT)
         # Padding rows start at 0 + 0i and stay there under rotation, so they add nothing to the sums.
         cos = tl.where(rows[:, None] < B, cos1, 0.0)
@@ -82,24 +116,36 @@ def _sigreg_fwd_kernel(z_ptr, u_ptr, statistic_ptr, ecf_ptr, B, D, P,
 
 
 @triton.jit
-def _sigreg_bwd_kernel(z_ptr, u_ptr, ecf_ptr, statistic_grad_ptr, ecf_grad_ptr, out_ptr, T, B, D, P, columns_per_split,
-                       z_stride_t, z_stride_b, z_stride_d, u_stride_d, u_stride_p, grad_stride_t, grad_stride_p,
-                       KNOTS: tl.constexpr, DT: tl.constexpr, HAS_STATISTIC_GRAD: tl.constexpr,
-                       HAS_ECF_GRAD: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-                       BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _sigreg_bwd_kernel(z_ptr, u_ptr, ecf_ptr, statistic_grad_ptr, ecf_grad_ptr, out_ptr, seed, T, B, D, P,
+                       columns_per_split, z_stride_t, z_stride_b, z_stride_d, u_stride_d, u_stride_p,
+                       grad_stride_t, grad_stride_p, KEYED: tl.constexpr, KNOTS: tl.constexpr, DT: tl.constexpr,
+                       HAS_STATISTIC_GRAD: tl.constexpr, HAS_ECF_GRAD: tl.constexpr, BLOCK_B: tl.constexpr,
+                       BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
     """out[split, t, b] = sum_p g[b, p] u[:, p] over the split; g = sum_k t_k (dL/dS_k cos - dL/dC_k sin)(t_k h) / B."""
     row_blocks = tl.cdiv(B, BLOCK_B)
     t = (tl.program_id(0) // row_blocks).to(tl.int64)
     rows = ((tl.program_id(0) % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    split = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
     out_cols = (tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
-    acc = tl.zeros((BLOCK_B, BLOCK_OUT), tl.float32)
+    out_block = tl.program_id(2) * (BLOCK_OUT // 4) + tl.arange(0, BLOCK_OUT // 4)
+    if KEYED:
+        step = tl.load(u_ptr)
+        # the sums over p of columns 4 out_block, 4 out_block + 1, ..
+        acc0 = tl.zeros((BLOCK_B, BLOCK_OUT // 4), tl.float32)
+        acc1, acc2, acc3 = acc0, acc0, acc0
+    else:
+        acc = tl.zeros((BLOCK_B, BLOCK_OUT), tl.float32)
     first = split * columns_per_split
     for p0 in range(first, tl.minimum(first + columns_per_split, P), BLOCK_P):
         cols = (p0 + tl.arange(0, BLOCK_P)).to(tl.int64)
         live = cols < P
-        h = _project(z_ptr + t * z_stride_t, u_ptr, rows, cols, B, D, P, z_stride_b, z_stride_d, u_stride_d, u_stride_p,
-                     BLOCK_B, BLOCK_P, BLOCK_D, PRECISION)  # fmt: skip
+        if KEYED:
+            h, inverse = _project_keyed(z_ptr + t * z_stride_t, seed, step, rows, cols, B, D, z_stride_b,
+                                        z_stride_d, BLOCK_B, BLOCK_P, BLOCK_D, PRECISION)  # fmt: skip
+        else:
+            h = _project(z_ptr + t * z_stride_t, u_ptr, rows, cols, B, D, P, z_stride_b, z_stride_d, u_stride_d,
+                         u_stride_p, BLOCK_B, BLOCK_P, BLOCK_D, PRECISION)  # fmt: skip
         sin1, cos1 = _sincos(h * DT)
         if HAS_STATISTIC_GRAD:
             scale = (
@@ -125,11 +171,26 @@ def _sigreg_bwd_kernel(z_ptr, u_ptr, ecf_ptr, statistic_grad_ptr, ecf_grad_ptr, 
             y = imag + (cos_grad * knot)[None, :]
             real = x * cos1 - y * sin1
             imag = x * sin1 + y * cos1
-        u = tl.load(u_ptr + out_cols[None, :] * u_stride_d + cols[:, None] * u_stride_p,
-                    mask=(out_cols[None, :] < D) & live[:, None], other=0.0).to(tl.float32)  # fmt: skip
-        acc = tl.dot(real, u, acc, input_precision=PRECISION)
-    out = out_ptr + ((split * T + t) * B + rows[:, None]) * D + out_cols[None, :]
-    tl.store(out, acc / B, mask=(rows[:, None] < B) & (out_cols[None, :] < D))
+        if KEYED:
+            real *= inverse[None, :]
+            u0, u1, u2, u3 = normals(seed, step, 0, ENV_ID, cols[:, None], out_block[None, :])
+            acc0 = tl.dot(real, u0, acc0, input_precision=PRECISION)
+            acc1 = tl.dot(real, u1, acc1, input_precision=PRECISION)
+            acc2 = tl.dot(real, u2, acc2, input_precision=PRECISION)
+            acc3 = tl.dot(real, u3, acc3, input_precision=PRECISION)
+        else:
+            u = tl.load(u_ptr + out_cols[None, :] * u_stride_d + cols[:, None] * u_stride_p,
+                        mask=(out_cols[None, :] < D) & live[:, None], other=0.0).to(tl.float32)  # fmt: skip
+            acc = tl.dot(real, u, acc, input_precision=PRECISION)
+    out = out_ptr + ((split.to(tl.int64) * T + t) * B + rows[:, None]) * D
+    if KEYED:
+        d = 4 * out_block[None, :]
+        tl.store(out + d, acc0 / B, mask=(rows[:, None] < B) & (d < D))
+        tl.store(out + d + 1, acc1 / B, mask=(rows[:, None] < B) & (d + 1 < D))
+        tl.store(out + d + 2, acc2 / B, mask=(rows[:, None] < B) & (d + 2 < D))
+        tl.store(out + d + 3, acc3 / B, mask=(rows[:, None] < B) & (d + 3 < D))
+    else:
+        tl.store(out + out_cols[None, :], acc / B, mask=(rows[:, None] < B) & (out_cols[None, :] < D))
 
 
 def _blocks(n: int, low: int, high: int) -> int:
@@ -138,26 +199,28 @@ def _blocks(n: int, low: int, high: int) -> int:
 
 
 # The largest tiles for which no register is spilled on sm_80 to sm_120 in "ieee" (README.md, "Tiles").
-def forward_tiles(batch: int, knots: int, precision: str) -> dict[str, int | str]:
+def forward_tiles(batch: int, knots: int, precision: str, keyed: bool = False) -> dict[str, int | str]:
     """Compile-time arguments and warps of the forward kernel."""
     return {"BLOCK_B": _blocks(batch, 16, 128), "BLOCK_P": 32, "BLOCK_D": 16, "num_warps": 8,
-            "BLOCK_K": triton.next_power_of_2(knots - 1), **_constants(knots, precision)}  # fmt: skip
+            "BLOCK_K": triton.next_power_of_2(knots - 1), **_constants(knots, precision, keyed)}  # fmt: skip
 
 
-def backward_tiles(batch: int, dim: int, knots: int, precision: str) -> dict[str, int | str]:
+def backward_tiles(batch: int, dim: int, knots: int, precision: str, keyed: bool = False) -> dict[str, int | str]:
     """Compile-time arguments and warps of the backward kernel."""
     return {"BLOCK_B": _blocks(batch, 16, 32), "BLOCK_P": 16, "BLOCK_D": 16, "num_warps": 8,
-            "BLOCK_OUT": _blocks(dim, 16, 256), **_constants(knots, precision)}  # fmt: skip
+            "BLOCK_OUT": _blocks(dim, 64 if keyed else 16, 256), **_constants(knots, precision, keyed)}  # fmt: skip
 
 
-def _constants(knots: int, precision: str) -> dict[str, int | float | str | bool]:
-    # Asked for by name because Triton 3.10 turns the fusion of a * b + c off unless told.
-    return {"KNOTS": knots, "DT": LAST_KNOT / (knots - 1), "PRECISION": precision, "enable_fp_fusion": True}
+def _constants(knots: int, precision: str, keyed: bool) -> dict[str, int | float | str | bool]:
+    # Fusion of a * b + c is asked for by name because Triton 3.10 turns it off unless told. With a key the arithmetic
+    # of the noise hides the loads, and copies ahead of time would cost registers.
+    return {"KEYED": keyed, "KNOTS": knots, "DT": LAST_KNOT / (knots - 1), "PRECISION": precision,
+            "enable_fp_fusion": True, "num_stages": 1 if keyed else 3}  # fmt: skip
 
 
 @torch.library.custom_op("lewm::sigreg", mutates_args=())
 def sigreg_forward(
-    z: torch.Tensor, directions: torch.Tensor, knots: int = 17, precision: str = "ieee"
+    z: torch.Tensor, directions: torch.Tensor, knots: int = 17, precision: str = "ieee", seed: int = 0, count: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Epps-Pulley statistic of every projection, and the empirical characteristic function that it is made from.
 
@@ -165,9 +228,12 @@ def sigreg_forward(
 
     Args:
         z: Embeddings of shape (T, B, D), float32, bfloat16 or float16, any strides.
-        directions: Unit directions of shape (D, P), any floating dtype (read as float32), any strides.
+        directions: Unit directions of shape (D, P), any floating dtype (read as float32), any strides; or the step of
+            those of a key (`lewm.losses.Directions`), int64 of shape (), which the kernel reads where it lies.
         knots: Number of knots K on [0, 3].
         precision: "ieee" for float32 products, "tf32" for tensor cores (relative error about 1e-3 in the projection).
+        seed: Seed of a key; its 64 bits count, whatever the sign.
+        count: Number of directions P of a key.
 
     Returns:
         `(statistic, ecf)`, float32. statistic is (T, P): B sum_k w_k |ecf_k - exp(-t_k^2 / 2)|^2. ecf is
@@ -179,20 +245,28 @@ def sigreg_forward(
     if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"z must be float32, bfloat16 or float16, got {z.dtype}")
     T, B, D = z.shape
-    P = directions.shape[1]
+    P, keyed = _count(directions, count), directions.dim() == 0
     statistic = torch.empty((T, P), dtype=torch.float32, device=z.device)
     ecf = torch.empty((T, 2, knots - 1, P), dtype=torch.float32, device=z.device)
-    tiles = forward_tiles(B, knots, precision)
+    tiles = forward_tiles(B, knots, precision, keyed)
     with torch.cuda.device_of(z):
         _sigreg_fwd_kernel[T, triton.cdiv(P, tiles["BLOCK_P"])](
-            z, directions, statistic, ecf, B, D, P, *z.stride(), *directions.stride(), **tiles
+            z, directions, statistic, ecf, seed, B, D, P, *z.stride(), *_strides(directions), **tiles
         )  # fmt: skip
     return statistic, ecf
 
 
+def _count(directions: torch.Tensor, count: int) -> int:
+    return directions.shape[1] if directions.dim() else count
+
+
+def _strides(directions: torch.Tensor) -> tuple[int, ...]:
+    return directions.stride() or (0, 0)
+
+
 @sigreg_forward.register_fake
-def _(z, directions, knots=17, precision="ieee"):
-    T, P = z.shape[0], directions.shape[1]
+def _(z, directions, knots=17, precision="ieee", seed=0, count=0):
+    T, P = z.shape[0], _count(directions, count)
     return z.new_empty((T, P), dtype=torch.float32), z.new_empty((T, 2, knots - 1, P), dtype=torch.float32)
 
 
@@ -205,11 +279,12 @@ def sigreg_backward(
     ecf_grad: torch.Tensor | None,
     knots: int,
     precision: str,
+    seed: int = 0,
 ) -> torch.Tensor:
     """Gradient for z, (T, B, D) in z's dtype, from those of the two results of `sigreg_forward` (None is zero)."""
     T, B, D = z.shape
-    P = directions.shape[1]
-    tiles = backward_tiles(B, D, knots, precision)
+    P, keyed = ecf.shape[3], directions.dim() == 0
+    tiles = backward_tiles(B, D, knots, precision, keyed)
     row_blocks, out_blocks = triton.cdiv(B, tiles["BLOCK_B"]), triton.cdiv(D, tiles["BLOCK_OUT"])
     # P is cut into a few sums when T and B give too few programs for a GPU: by shape alone and without atomics, so that
     # the result is the same bits in every run.
@@ -220,29 +295,29 @@ def sigreg_backward(
     grad = ecf if statistic_grad is None else statistic_grad
     with torch.cuda.device_of(z):
         _sigreg_bwd_kernel[T * row_blocks, splits, out_blocks](
-            z, directions, ecf, grad, ecf if ecf_grad is None else ecf_grad.contiguous(), parts, T, B, D, P, columns,
-            *z.stride(), *directions.stride(), grad.stride(0), grad.stride(1),
+            z, directions, ecf, grad, ecf if ecf_grad is None else ecf_grad.contiguous(), parts, seed, T, B, D, P,
+            columns, *z.stride(), *_strides(directions), grad.stride(0), grad.stride(1),
             HAS_STATISTIC_GRAD=statistic_grad is not None, HAS_ECF_GRAD=ecf_grad is not None, **tiles,
         )  # fmt: skip
     return (parts[0] if splits == 1 else parts.sum(0)).to(z.dtype)
 
 
 @sigreg_backward.register_fake
-def _(z, directions, ecf, statistic_grad, ecf_grad, knots, precision):
+def _(z, directions, ecf, statistic_grad, ecf_grad, knots, precision, seed=0):
     return z.new_empty(z.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    z, directions, ctx.knots, ctx.precision = inputs
+    z, directions, ctx.knots, ctx.precision, ctx.seed, _ = inputs
     ctx.save_for_backward(z, directions, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, statistic_grad, ecf_grad):
-    if statistic_grad is None and ecf_grad is None:
-        return None, None, None, None
-    z_grad = sigreg_backward(*ctx.saved_tensors, statistic_grad, ecf_grad, ctx.knots, ctx.precision)
-    return z_grad, None, None, None
+    z_grad = None
+    if statistic_grad is not None or ecf_grad is not None:
+        z_grad = sigreg_backward(*ctx.saved_tensors, statistic_grad, ecf_grad, ctx.knots, ctx.precision, ctx.seed)
+    return z_grad, None, None, None, None, None
 
 
 sigreg_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -198,9 +198,7 @@ print(json.dumps({op: len(re.findall(rf"\b{op}\b", text)) for op in ("FFMA", "LD
 """
 
 
-@pytest.mark.parametrize(
-    "capability", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100, 120))])
 def test_machine_code_keeps_everything_in_registers(capability):
     if not (Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists():
         pytest.skip("this Triton does not ship nvdisasm")

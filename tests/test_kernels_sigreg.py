@@ -14,20 +14,30 @@ pytest.importorskip("triton")
 
 import lewm.kernels.sigreg as kernels
 from lewm.kernels.sigreg import sigreg_backward, sigreg_forward
-from lewm.losses import characteristic_function, epps_pulley, sigreg, sigreg_directions
+from lewm.losses import Directions, characteristic_function, epps_pulley, sigreg, sigreg_directions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
-# Ones, primes, exact blocks (B 128 and 32, P 32 and 16, D 16), one past a block, two output blocks (D > 256).
-SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 32, 16, 16), (1, 129, 17, 19), (3, 31, 13, 37), (1, 5, 259, 3)]
+# Ones, primes, exact blocks (B 128 and 32, P 32 and 16, D 16 and, with a key, 64), one past a block, two output blocks
+# (D > 256), each size alone at 1.
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 32, 16, 16), (1, 128, 64, 32), (1, 129, 17, 19), (3, 31, 13, 37),
+          (1, 5, 259, 3), (2, 1, 65, 33), (2, 3, 1, 17), (3, 7, 11, 1)]  # fmt: skip
 FORWARD, GRADIENT = 1e-5, 1e-4  # relative, float32: what issue and paper-size sums of 1024 x 17 terms call for
+
+
+SEED, STEP = 2**63 + 3, 5  # what `make` makes its directions from
 
 
 def make(T, B, D, P, dtype=torch.float32):
     z = 1.3 * torch.randn(T, B, D, generator=torch.Generator().manual_seed(T * B * D)) + 0.2
-    return z.to(DEVICE, dtype), sigreg_directions(D, P, seed=3, step=0, device=DEVICE)
+    return z.to(DEVICE, dtype), sigreg_directions(D, P, seed=SEED, step=STEP, device=DEVICE)
+
+
+def key(u):
+    """The key of directions that `make` made."""
+    return Directions(u.shape[1], SEED, torch.tensor(STEP, device=DEVICE))
 
 
 def gradient(function, z):
@@ -39,10 +49,12 @@ def gradient(function, z):
 
 
 def check(z, u, reference, knots=17):
-    value, grad = gradient(lambda z: sigreg(z, u, knots=knots, backend="triton"), z)
+    """Along given directions, and along the same ones from their key."""
     want, want_grad = gradient(lambda z: reference(z, u, knots), z.double())
-    assert abs(value - want) <= FORWARD * want
-    assert (grad - want_grad).norm() <= GRADIENT * want_grad.norm()
+    for directions in (u, key(u)):
+        value, grad = gradient(lambda z, d=directions: sigreg(z, d, knots=knots, backend="triton"), z)
+        assert abs(value - want) <= FORWARD * want
+        assert (grad - want_grad).norm() <= GRADIENT * want_grad.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -71,20 +83,23 @@ def test_strides():
     wide = torch.full((3, 16, 6), float("nan"), device=DEVICE)
     wide[:, ::2] = z
     want = gradient(lambda z: sigreg(z, u, backend="triton"), z)
+    want_keyed = gradient(lambda z: sigreg(z, key(u), backend="triton"), z)
     for other in (turned, wide[:, ::2]):
         assert not other.is_contiguous()
-        value, grad = gradient(lambda z: sigreg(z, columns, backend="triton"), other)
-        assert torch.equal(value, want[0])
-        assert torch.equal(grad, want[1])
+        for directions, (want_value, want_grad) in ((columns, want), (key(u), want_keyed)):
+            value, grad = gradient(lambda z, d=directions: sigreg(z, d, backend="triton"), other)
+            assert torch.equal(value, want_value)
+            assert torch.equal(grad, want_grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_input_is_computed_in_float32(dtype):
     z, u = make(2, 17, 6, 5, dtype)
-    value, grad = gradient(lambda z: sigreg(z, u, backend="triton"), z)
-    want, want_grad = gradient(lambda z: sigreg(z, u, backend="triton"), z.float())
-    assert value == want
-    assert torch.equal(grad, want_grad.to(dtype).double())
+    for directions in (u, key(u)):
+        value, grad = gradient(lambda z, d=directions: sigreg(z, d, backend="triton"), z)
+        want, want_grad = gradient(lambda z, d=directions: sigreg(z, d, backend="triton"), z.float())
+        assert value == want
+        assert torch.equal(grad, want_grad.to(dtype).double())
 
 
 def test_without_gradient():
@@ -99,9 +114,30 @@ def test_without_gradient():
 
 def test_same_bits_every_time():
     z, u = make(2, 40, 20, 40)  # the backward pass adds three sums over P
-    first, again = (gradient(lambda z: sigreg(z, u, backend="triton"), z) for _ in range(2))
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
+    for directions in (u, key(u)):
+        first, again = (gradient(lambda z, d=directions: sigreg(z, d, backend="triton"), z) for _ in range(2))
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (1, 1), (2**64 - 1, 2**32 - 1), (2**40, 2**31)])
+def test_every_key_is_that_of_its_directions(seed, step):
+    z, _ = make(1, 4, 6, 5)
+    u = sigreg_directions(6, 5, seed=seed, step=step, device=DEVICE)
+    want = characteristic_function(z, u, backend="triton")
+    for number in (step, torch.tensor(step, device=DEVICE)):
+        got = characteristic_function(z, Directions(5, seed, number), backend="triton")
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("empty", range(3))
+def test_zero_sizes_are_refused(empty):
+    z, u = make(2, 3, 4, 5)
+    z = z.narrow(empty, 0, 0)
+    for directions in (u if empty < 2 else u[:0], key(u)):
+        with pytest.raises(ValueError, match=r"z must have shape \(T, B, D\) without a zero, got"):
+            sigreg(z, directions, backend="triton")
 
 
 @pytest.mark.usefixtures("poison")
@@ -109,7 +145,7 @@ def test_averaged_characteristic_functions_give_the_whole_batch(naive_sigreg):
     z, u = make(2, 12, 5, 7)
 
     def in_parts(z):
-        averaged = sum(characteristic_function(part, u, backend="triton") for part in z.split(4, dim=1)) / 3
+        averaged = sum(characteristic_function(part, key(u), backend="triton") for part in z.split(4, dim=1)) / 3
         return epps_pulley(averaged, 12).mean()
 
     value, grad = gradient(in_parts, z)
@@ -152,6 +188,9 @@ def test_opcheck():
     statistic, ecf = (result.detach() for result in sigreg_forward(z, u))
     torch.library.opcheck(sigreg_backward, (z.detach(), u, ecf, statistic, None, 17, "ieee"))
     torch.library.opcheck(sigreg_backward, (z.detach(), u, ecf, None, ecf, 17, "ieee"))
+    step = torch.tensor(3, device=DEVICE)
+    torch.library.opcheck(sigreg_forward, (z, step, 17, "ieee", -2, 5))
+    torch.library.opcheck(sigreg_backward, (z.detach(), step, ecf, statistic, None, 17, "ieee", -2))
 
 
 def test_torch_compile_keeps_one_graph():
@@ -161,6 +200,28 @@ def test_torch_compile_keeps_one_graph():
     want, want_grad = gradient(lambda z: 0.5 * sigreg(z, u, backend="triton"), z)
     torch.testing.assert_close(value, want)
     torch.testing.assert_close(grad, want_grad)
+
+
+def test_a_compiled_step_that_counts_is_compiled_once():
+    z, u = make(2, 3, 4, 5)
+    step, graphs = torch.tensor(STEP - 1, device=DEVICE), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(backend=count, fullgraph=True)
+    def loss(z, step):
+        return 0.5 * sigreg(z, Directions(5, SEED, step), backend="triton")
+
+    other = loss(z, step)
+    step += 1
+    value, grad = gradient(lambda z: loss(z, step), z)
+    want, want_grad = gradient(lambda z: 0.5 * sigreg(z, key(u), backend="triton"), z)
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(grad, want_grad)
+    assert other != value
+    assert len(graphs) <= 2  # with and without a gradient
 
 
 @pytest.mark.usefixtures("poison")
@@ -191,6 +252,14 @@ def test_parity_with_the_official_code(monkeypatch):
 def test_large_shapes_on_a_gpu(shape, naive_sigreg):
     z, u = make(*shape)
     check(z, u, naive_sigreg)
+    captured = torch.cuda.CUDAGraph()
+    step = torch.tensor(STEP - 1, device=DEVICE)
+    sigreg(z, Directions(u.shape[1], SEED, step))  # compiles
+    with torch.cuda.graph(captured):
+        step += 1
+        value = sigreg(z, Directions(u.shape[1], SEED, step))
+    captured.replay()
+    assert torch.equal(value, sigreg(z, key(u)))
     value, grad = gradient(lambda z: sigreg(z, u), z)  # "auto" is this kernel
     want, want_grad = gradient(lambda z: sigreg(z, u, backend="triton"), z)
     assert torch.equal(value, want)
@@ -209,11 +278,12 @@ import lewm.kernels.sigreg as sigreg
 
 def machine_code(kernel, tiles, z="fp32", ones=()):
     tiles = dict(tiles)
-    options = {name: tiles.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     constants = tiles | {"z_stride_d": 1, "u_stride_p": 1} | dict.fromkeys(ones, 1)
-    pointers = lambda name: "*" + (z if name == "z_ptr" else "fp32")
+    types = {"z_ptr": "*" + z, "u_ptr": "*i64" if tiles["KEYED"] else "*fp32", "seed": "i64"}
     names = [p.name for p in kernel.params]
-    signature = {n: "constexpr" if n in constants else pointers(n) if n.endswith("_ptr") else "i32" for n in names}
+    of = lambda n: types.get(n, "*fp32" if n.endswith("_ptr") else "i32")
+    signature = {n: "constexpr" if n in constants else of(n) for n in names}
     constants = {(names.index(n),): v for n, v in constants.items() if n in names}
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
@@ -225,25 +295,26 @@ def machine_code(kernel, tiles, z="fp32", ones=()):
         text = subprocess.run([tool, file.name], capture_output=True, text=True, check=True).stdout
     return {op: len(re.findall(rf"\b{op}\b", text)) for op in ("FFMA", "LDL", "STL", "DFMA", "DADD", "DMUL")}
 
-forward = sigreg.forward_tiles(128, 17, "ieee")
-backward = sigreg.backward_tiles(128, 192, 17, "ieee")
-of_statistic = backward | {"HAS_STATISTIC_GRAD": True, "HAS_ECF_GRAD": False}
-of_ecf = backward | {"HAS_STATISTIC_GRAD": False, "HAS_ECF_GRAD": True}
-print(json.dumps({
-    "forward": machine_code(sigreg._sigreg_fwd_kernel, forward),
-    "forward of bfloat16": machine_code(sigreg._sigreg_fwd_kernel, forward, z="bf16"),
-    "forward of ones": machine_code(sigreg._sigreg_fwd_kernel, sigreg.forward_tiles(1, 2, "ieee"), ones="BDP"),
-    "backward": machine_code(sigreg._sigreg_bwd_kernel, of_statistic),
-    "backward of the characteristic function": machine_code(sigreg._sigreg_bwd_kernel, of_ecf),
-    "backward of ones": machine_code(
-        sigreg._sigreg_bwd_kernel, of_statistic | sigreg.backward_tiles(1, 1, 2, "ieee"), ones="TBDP"),
-}))
+counts = {}
+for keyed in (False, True):
+    forward = sigreg.forward_tiles(128, 17, "ieee", keyed)
+    backward = sigreg.backward_tiles(128, 192, 17, "ieee", keyed)
+    of_statistic = {"HAS_STATISTIC_GRAD": True, "HAS_ECF_GRAD": False}
+    of_ecf = {"HAS_STATISTIC_GRAD": False, "HAS_ECF_GRAD": True}
+    fwd, bwd, key = sigreg._sigreg_fwd_kernel, sigreg._sigreg_bwd_kernel, " of a key" if keyed else ""
+    counts |= {
+        "forward" + key: machine_code(fwd, forward),
+        "forward of bfloat16" + key: machine_code(fwd, forward, z="bf16"),
+        "backward" + key: machine_code(bwd, backward | of_statistic),
+        "backward of the characteristic function" + key: machine_code(bwd, backward | of_ecf),
+    }
+counts["forward of ones"] = machine_code(fwd, sigreg.forward_tiles(1, 2, "ieee"), ones="BDP")
+counts["backward of ones"] = machine_code(bwd, sigreg.backward_tiles(1, 1, 2, "ieee") | of_statistic, ones="TBDP")
+print(json.dumps(counts))
 """
 
 
-@pytest.mark.parametrize(
-    "capability", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100, 120))])
 def test_machine_code_keeps_everything_in_registers(capability):
     import triton
 

@@ -13,7 +13,15 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lewm.losses as losses
-from lewm.losses import characteristic_function, epps_pulley, prediction_loss, sigreg, sigreg_directions
+from lewm import _core
+from lewm.losses import (
+    Directions,
+    characteristic_function,
+    epps_pulley,
+    prediction_loss,
+    sigreg,
+    sigreg_directions,
+)
 
 PARITY = Path(__file__).parent / "parity"
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 31, 17, 13), (4, 64, 32, 33)]
@@ -44,7 +52,7 @@ def test_float64_is_the_formula(shape, knots, naive_sigreg):
     torch.testing.assert_close(grad, want_grad, rtol=1e-10, atol=1e-14)
 
 
-def check(z, u, reference, knots=17, backend="auto", forward=1e-6, backward=1e-5):
+def check(z, u, reference, knots=17, backend="auto", forward=5e-6, backward=1e-5):
     value, grad = gradient(lambda z: sigreg(z, u, knots=knots, backend=backend), z)
     want, want_grad = gradient(lambda z: reference(z, u, knots), z.double())
     assert abs(value - want) <= forward * want
@@ -206,6 +214,10 @@ def test_opcheck():
     statistic, ecf = (result.detach() for result in losses._sigreg_cpu(z, u, 17))
     for grads in ((statistic, None), (None, ecf), (statistic, ecf)):
         torch.library.opcheck(losses._sigreg_cpu_backward, (z.detach(), u, ecf, *grads))
+    step = torch.tensor(3)
+    torch.library.opcheck(losses._sigreg_cpu, (z, step, 17, 2, 5))
+    torch.library.opcheck(losses._sigreg_cpu_backward, (z.detach(), step, ecf, statistic, None, 2))
+    torch.library.opcheck(losses._keyed_directions, (step, 2, 5, 4))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torch.compile wants a compiler there")
@@ -214,6 +226,19 @@ def test_torch_compile_keeps_one_graph():
     compiled = torch.compile(lambda z: 0.5 * sigreg(z, u), backend="aot_eager", fullgraph=True)
     eager = gradient(lambda z: 0.5 * sigreg(z, u), z)
     for got, want in zip(gradient(compiled, z), eager, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.slow  # half a minute where nothing is compiled yet
+@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile wants a compiler there")
+def test_compiled_by_default():
+    z, _ = make(2, 3, 4, 5, dtype=torch.float32)
+
+    def function(z):
+        return 0.5 * sigreg(torch.tanh(z), Directions(5, 0, torch.tensor(3)))
+
+    compiled = torch.compile(function, fullgraph=True)
+    for got, want in zip(gradient(compiled, z), gradient(function, z), strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -232,21 +257,54 @@ def test_the_binding_names_what_it_refuses():
         ((z[:0], u, statistic[:0], ecf[:0]), "none of them empty"),
         ((z, u, statistic, ecf[:, :, :0]), "none of them empty"),
         ((z, u, np.broadcast_to(statistic[:1], (T, P)), ecf), "statistic cannot be written to"),
+        ((z, (-1, 0), statistic, ecf), r"seed must be an integer in 0\.\.2\^64, got -1"),
+        ((z, (0, 2**32), statistic, ecf), r"step must be an integer in 0\.\.2\^32, got 4294967296"),
+        ((z, (0, 0), statistic[:, :4], ecf), r"statistic must have shape \(2, 5\), got \(2, 4\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             forward(*arguments)
+    for directions in ((1, 2, 3), None, u.astype(float)):
+        with pytest.raises(TypeError, match=r"directions must be a float32 array \(D, P\) or \(seed, step\), got"):
+            forward(z, directions, statistic, ecf)
     with pytest.raises(ValueError, match=r"statistic_grad must have shape \(2, 5\), got \(5,\)"):
         backward(z, u, ecf, statistic[0], None, z.copy())
     with pytest.raises(ValueError, match=r"z_grad must have shape \(2, 3, 4\), got \(3, 4\)"):
         backward(z, u, ecf, statistic, ecf, z[0].copy())
 
 
+# The threads of the parent are not those of the child: it has to make its own, and must not wait for the others.
+FORK = """
+import os, torch
+from lewm.losses import Directions, sigreg
+def run():
+    z = torch.randn(3, 101, 37, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    value = sigreg(z, Directions(300, 0, 0))
+    value.backward()
+    return value.detach().numpy().tobytes() + z.grad.numpy().tobytes()
+torch.set_num_threads(1)  # torch's own threads do hang
+want = run()
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if run() == want and run() == want else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert run() == want
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+def test_a_forked_child_does_not_wait_for_its_parents_threads():
+    env = os.environ | {"LEWM_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", FORK], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 # Argument: threads. Prints the bytes of value and gradient.
 BITS = """
 import torch
-from lewm.losses import sigreg, sigreg_directions
+from lewm.losses import Directions, sigreg
 z = torch.randn(3, 101, 37, generator=torch.Generator().manual_seed(0), requires_grad=True)
-value = sigreg(z, sigreg_directions(37, 300, seed=0, step=0))
+value = sigreg(z, Directions(300, seed=0, step=0))
 value.backward()
 print(value.detach().numpy().tobytes().hex(), z.grad.numpy().tobytes().hex())
 """
@@ -265,7 +323,7 @@ def test_threads_change_no_bit():
 PEAK = r"""
 import re, sys, torch
 from pathlib import Path
-from lewm.losses import sigreg, sigreg_directions
+from lewm.losses import Directions, sigreg, sigreg_directions
 
 def official(z, directions, knots=17):
     t = torch.linspace(0, 3, knots)
@@ -278,11 +336,12 @@ def official(z, directions, knots=17):
 
 def run(T, B, D, P):
     z = torch.randn(T, B, D, requires_grad=True)
-    directions = sigreg_directions(D, P, seed=0, step=0)
+    ours = sys.argv[1] == "ours"
+    directions = Directions(P, 0, 0) if ours else sigreg_directions(D, P, seed=0, step=0)
     z.grad = torch.zeros_like(z)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    {"ours": sigreg, "official": official}[sys.argv[1]](z, directions).backward()
+    (sigreg if ours else official)(z, directions).backward()
     return memory("VmHWM") - before
 
 def memory(name):
@@ -310,17 +369,78 @@ def test_reference_values():
         assert float(sigreg(normal, u)) == pytest.approx(1.05, abs=0.05)
 
 
-def test_directions_are_keyed_and_leave_the_global_generator_alone():
+def test_directions_are_noise_of_their_key_divided_by_its_norm():
+    for seed, step, dim, count in [(1, 2, 8, 5), (2**64 - 1, 2**32 - 1, 7, 33), (2**63, 0, 1, 20), (0, 1, 3, 1)]:
+        u = sigreg_directions(dim, count, seed=seed, step=step)
+        assert u.shape == (dim, count)
+        assert u.dtype == torch.float32
+        assert u.is_contiguous()
+        noise = _core.noise(seed, [2**32 - 1], step, 0, count, dim)[0].T.astype(float)
+        np.testing.assert_allclose(u, noise / np.linalg.norm(noise, axis=0), rtol=1e-7, atol=0)
+        wide = sigreg_directions(dim, count, seed=seed, step=step, dtype=torch.float64)
+        assert torch.equal(wide, u.double())
+
+
+def test_directions_differ_by_seed_and_step_and_leave_the_global_generator_alone():
     before = torch.get_rng_state()
     u = sigreg_directions(8, 5, seed=1, step=2)
     assert torch.equal(torch.get_rng_state(), before)
-    assert u.shape == (8, 5)
-    assert u.dtype == torch.float32
-    torch.testing.assert_close(u.norm(dim=0), torch.ones(5))
     assert torch.equal(u, sigreg_directions(8, 5, seed=1, step=2))
+    assert torch.equal(u, sigreg_directions(8, 9, seed=1, step=2)[:, :5])
     assert not torch.allclose(u, sigreg_directions(8, 5, seed=2, step=1))
     assert not torch.allclose(u, sigreg_directions(8, 5, seed=1, step=3))
-    torch.testing.assert_close(sigreg_directions(8, 5, seed=1, step=2, dtype=torch.float64).float(), u)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 97, 3, 129), (1, 5, 259, 3)], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), [("rust", torch.float32), ("torch", torch.float64)], ids=str)
+@pytest.mark.usefixtures("poison")
+def test_a_key_gives_the_bits_of_its_directions(shape, backend, dtype):
+    z, _ = make(*shape, dtype=dtype)
+    D, P = shape[2:]
+    for seed, step in ((3, 4), (2**63 + 5, 2**32 - 1)):
+        u = sigreg_directions(D, P, seed=seed, step=step)
+        want = gradient(lambda z, u=u: sigreg(z, u, backend=backend), z)
+        for keyed in (Directions(P, seed, step), Directions(P, seed, torch.tensor(step))):
+            got = gradient(lambda z, keyed=keyed: sigreg(z, keyed), z)
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+        ecf = characteristic_function(z, Directions(P, seed, step), backend=backend)
+        assert torch.equal(ecf, characteristic_function(z, u, backend=backend))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile wants a compiler there")
+@pytest.mark.parametrize("backend", ["rust", "torch"])
+def test_a_compiled_step_that_counts_is_compiled_once(backend):
+    z, _ = make(2, 3, 4, 5, dtype=torch.float32)
+    step, graphs = torch.tensor(7), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(backend=count, fullgraph=True)
+    def train(z, step):
+        return 0.5 * sigreg(z, Directions(5, 3, step), backend=backend)
+
+    values = []
+    for number in (7, 8, 9):
+        assert step == number
+        value = train(z, step)
+        torch.testing.assert_close(value, 0.5 * sigreg(z, Directions(5, 3, number), backend=backend))
+        value.backward()
+        values.append(value.item())
+        step += 1
+    assert len(set(values)) == 3
+    assert len(graphs) == 1
+
+
+def test_a_step_that_counts_between_forward_and_backward_is_noticed():
+    z, _ = make(2, 3, 4, 5, dtype=torch.float32)
+    step = torch.tensor(7)
+    value = sigreg(z, Directions(5, 3, step))
+    step += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
 
 
 def test_directions_are_uniform_on_the_sphere():
@@ -378,8 +498,28 @@ def test_triton_that_cannot_run_is_refused(monkeypatch):
     assert torch.isfinite(sigreg(Z, U))
 
 
-@pytest.mark.parametrize("name", ["dim", "count", "seed", "step"])
-def test_bad_directions(name):
-    arguments = {"dim": 2, "count": 2, "seed": 0, "step": 0, name: -1}
-    with pytest.raises(ValueError, match=f"{name} must be at least .*, got -1"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dim", 0), ("dim", 2**18 + 1), ("count", 0), ("count", 2**32 + 1), ("seed", -1), ("seed", 2**64), ("step", -1),
+     ("step", 2**32)],
+)  # fmt: skip
+def test_bad_directions(name, value):
+    arguments = {"dim": 2, "count": 2, "seed": 0, "step": 0, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
         sigreg_directions(**arguments)
+    if name != "dim":
+        arguments.pop("dim")
+        with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
+            Directions(**arguments)
+
+
+def test_bad_keys():
+    for step, got in ((torch.tensor(1.0), r"torch.float32 \(\)"), (torch.tensor([1]), r"torch.int64 \(1,\)")):
+        with pytest.raises(TypeError, match=rf"step must be a number or an int64 tensor of shape \(\), got {got}"):
+            Directions(2, 0, step)
+    with pytest.raises(ValueError, match="step must be on cpu like z, got meta"):
+        sigreg(Z, Directions(2, 0, torch.tensor(1, device="meta")))
+    with pytest.raises(ValueError, match=r"z must have shape \(T, B, D\) without a zero, got \(2, 0, 4\)"):
+        sigreg(Z[:, :0], Directions(2, 0, 0))
+    with pytest.raises(ValueError, match="the width of z must be in .*, got 262145"):
+        sigreg(torch.zeros(1, 1, 2**18 + 1), Directions(2, 0, 0))

@@ -21,6 +21,7 @@ __all__ = [
     "read_windows",
     "repair_store",
     "sigreg_backward",
+    "sigreg_directions",
     "sigreg_forward",
     "verify_store",
 ]
@@ -316,14 +317,22 @@ def read_tensors(
         OSError: It cannot be read.
     """
 
+def sigreg_directions(seed: int, step: int, count: int, dim: int) -> NDArray[np.float32]:
+    """The unit directions of a key in rows, (P, D); see `lewm.losses.Directions`.
+
+    Raises:
+        TypeError, ValueError: An argument is no number, or outside its range; the text names it.
+    """
+
 def sigreg_forward(
     z: NDArray[np.float32],
-    directions: NDArray[np.float32],
+    directions: NDArray[np.float32] | tuple[int, int],
     statistic: NDArray[np.float32],
     ecf: NDArray[np.float32],
 ) -> None:
     """Writes the Epps-Pulley statistic (T, P) and the empirical characteristic function (T, 2, K - 1, P) of z (T, B, D)
-    along directions (D, P), see `lewm.losses`. Arrays are C-contiguous; the GIL is released.
+    along directions (D, P), or those of a key (seed, step), see `lewm.losses`. Arrays are C-contiguous; the GIL is
+    released.
 
     Raises:
         ValueError: An array is empty, not contiguous or of another shape; the text names it.
@@ -331,7 +340,7 @@ def sigreg_forward(
 
 def sigreg_backward(
     z: NDArray[np.float32],
-    directions: NDArray[np.float32],
+    directions: NDArray[np.float32] | tuple[int, int],
     ecf: NDArray[np.float32],
     statistic_grad: NDArray[np.float32] | None,
     ecf_grad: NDArray[np.float32] | None,

@@ -9,6 +9,7 @@ tensor of size (T, B, P, K).
 
 import importlib.util
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,6 +39,45 @@ def prediction_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (_at_least_float32(pred) - _at_least_float32(target)).square().mean()
 
 
+@dataclass(frozen=True)
+class Directions:
+    """Random unit directions for one training step, made from a key wherever they are used (paper, appendix A).
+
+    Direction p is the planners' noise (`rust/core/src/rng/mod.rs`) of `seed`, plan `step`, iteration 0, sample p and
+    environment 2^32 - 1, D numbers, divided by its norm: uniform on the unit sphere, the same on every device whatever
+    ran before, and never in memory where a kernel makes them.
+
+    Attributes:
+        count: Number of directions P (1024 in the paper).
+        seed: Seed of the run, below 2^64.
+        step: Training step, below 2^32: a number, or an int64 tensor of shape () on z's device. A tensor is read where
+            it lies, so that a compiled or captured training step may count on the device (once `backward` is done).
+
+    Raises:
+        TypeError: If step is a tensor of another type.
+        ValueError: If count is below 1, or seed or step outside its range.
+    """
+
+    count: int
+    seed: int
+    step: int | torch.Tensor
+
+    def __post_init__(self) -> None:
+        _check_range("count", self.count, 1, 2**32)
+        _check_range("seed", self.seed, 0, 2**64 - 1)
+        if not isinstance(self.step, torch.Tensor):
+            _check_range("step", self.step, 0, 2**32 - 1)
+        elif self.step.dtype != torch.int64 or self.step.dim():
+            raise TypeError(
+                f"step must be a number or an int64 tensor of shape (), got {self.step.dtype} {tuple(self.step.shape)}"
+            )
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low} .. {high}, got {value}")
+
+
 def sigreg_directions(
     dim: int,
     count: int,
@@ -47,34 +87,31 @@ def sigreg_directions(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Random directions for one training step, uniform on the unit sphere (paper, appendix A).
-
-    They are drawn on the CPU from a generator of their own, so that they are the same on every device, a resumed run
-    sees the directions that an uninterrupted one would, and no other random draw depends on how often SIGReg is called.
+    """The directions of `Directions(count, seed, step)` as a tensor, the same bits on every machine.
 
     Args:
-        dim: Embedding width D.
-        count: Number of directions P (1024 in the paper).
-        seed: Seed of the run, not negative.
-        step: Training step, not negative; every (seed, step) has its own directions.
+        dim: Embedding width D, at most 2^18.
+        count: As in `Directions`.
+        seed: As in `Directions`.
+        step: As in `Directions`, a number.
         device: Where the result lives.
-        dtype: Floating dtype of the result.
+        dtype: Floating dtype of the result; its numbers are rounded to float32 first.
 
     Returns:
         Directions of shape (D, P); every column has norm 1.
 
     Raises:
-        ValueError: If dim or count is below 1, or seed or step below 0.
+        ValueError: If an argument is outside its range.
     """
-    for name, value, low in (("dim", dim, 1), ("count", count, 1), ("seed", seed, 0), ("step", step, 0)):
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}")
-    key = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
-    directions = torch.randn(dim, count, generator=torch.Generator().manual_seed(key)).to(dtype)
-    return (directions / directions.norm(dim=0)).to(device)
+    Directions(count, seed, step)
+    _check_range("dim", dim, 1, 2**18)
+    rows = torch.from_numpy(_core.sigreg_directions(seed, step, count, dim))
+    return rows.T.to(device, dtype).contiguous()
 
 
-def sigreg(z: torch.Tensor, directions: torch.Tensor, *, knots: int = 17, backend: str = "auto") -> torch.Tensor:
+def sigreg(
+    z: torch.Tensor, directions: torch.Tensor | Directions, *, knots: int = 17, backend: str = "auto"
+) -> torch.Tensor:
     """SIGReg: how far the embeddings of each time step are from a standard normal, along random directions.
 
     The Epps-Pulley statistic of every projection h = z[t] @ directions[:, p], averaged over directions and time (paper,
@@ -90,11 +127,12 @@ def sigreg(z: torch.Tensor, directions: torch.Tensor, *, knots: int = 17, backen
     Args:
         z: Embeddings of shape (T, B, D). float64 is computed in float64, anything else in float32. The only argument
             that gets a gradient.
-        directions: Unit directions of shape (D, P), as `sigreg_directions` makes them; they are used as they are, so a
-            caller with others normalises the columns first.
+        directions: `Directions`, or unit directions of shape (D, P), which are used as they are: a caller with others
+            normalises the columns first.
         knots: Number of knots K, at least 2 (17 in the official code).
         backend: "triton" (CUDA, or any device under TRITON_INTERPRET=1), "rust" (CPU), "torch" (anywhere), or "auto":
-            the first of them that can run, Triton on CUDA only. The first two do not take float64.
+            the first of them that can run, Triton on CUDA only. The first two do not take float64. "torch" makes a
+            tensor of `Directions`, and has to read a step that lies on another device.
 
     Returns:
         A scalar, float32 (float64 for float64 z).
@@ -108,7 +146,7 @@ def sigreg(z: torch.Tensor, directions: torch.Tensor, *, knots: int = 17, backen
 
 
 def characteristic_function(
-    z: torch.Tensor, directions: torch.Tensor, *, knots: int = 17, backend: str = "auto"
+    z: torch.Tensor, directions: torch.Tensor | Directions, *, knots: int = 17, backend: str = "auto"
 ) -> torch.Tensor:
     """Empirical characteristic function of every projection, which is what several GPUs average.
 
@@ -152,31 +190,55 @@ def epps_pulley(ecf: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _statistic(
-    z: torch.Tensor, directions: torch.Tensor, knots: int, backend: str
+    z: torch.Tensor, directions: torch.Tensor | Directions, knots: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The statistic (T, P) and the characteristic function (T, 2, K - 1, P), from the backend that was chosen."""
+    # Operators take a tensor: directions, or the step of those of a key.
+    seed = count = 0
+    if isinstance(directions, Directions):
+        count, seed = directions.count, directions.seed
+        seed -= (seed >> 63) << 64  # operators take signed numbers
+        step = directions.step
+        # Filled on the device: a copy to it would wait for the device.
+        directions = step if isinstance(step, torch.Tensor) else z.new_full((), step, dtype=torch.int64)
     if backend == "triton":
         from lewm.kernels.sigreg import sigreg_forward
 
-        return sigreg_forward(z, directions, knots)
+        return sigreg_forward(z, directions, knots, seed=seed, count=count)
     if backend == "rust":
-        return _sigreg_cpu(z.float(), directions.float(), knots)
+        return _sigreg_cpu(z.float(), directions if count else directions.float(), knots, seed, count)
+    if count:
+        directions = _keyed_directions(directions, seed, count, z.shape[2])
     ecf = _CharacteristicFunction.apply(z, directions, knots)
     return epps_pulley(ecf, z.shape[1]), ecf
 
 
+@torch.library.custom_op("lewm::sigreg_directions", mutates_args=())
+def _keyed_directions(step: torch.Tensor, seed: int, count: int, dim: int) -> torch.Tensor:
+    """`sigreg_directions` on the device of `step`."""
+    return sigreg_directions(dim, count, seed=seed % 2**64, step=int(step), device=step.device)
+
+
+@_keyed_directions.register_fake
+def _(step, seed, count, dim):
+    return step.new_empty((dim, count), dtype=torch.float32)
+
+
 @torch.library.custom_op("lewm::sigreg_cpu", mutates_args=(), device_types="cpu")
-def _sigreg_cpu(z: torch.Tensor, directions: torch.Tensor, knots: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _sigreg_cpu(
+    z: torch.Tensor, directions: torch.Tensor, knots: int, seed: int = 0, count: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`_statistic` of float32 tensors, in Rust. Both results are differentiable with respect to z."""
-    statistic = torch.empty((len(z), directions.shape[1]))
-    ecf = torch.empty((len(z), 2, knots - 1, directions.shape[1]))
-    _core.sigreg_forward(_array(z), _array(directions), statistic.numpy(), ecf.numpy())
+    count = count or directions.shape[1]
+    statistic = torch.empty((len(z), count))
+    ecf = torch.empty((len(z), 2, knots - 1, count))
+    _core.sigreg_forward(_array(z), _source(directions, seed), statistic.numpy(), ecf.numpy())
     return statistic, ecf
 
 
 @_sigreg_cpu.register_fake
-def _(z, directions, knots):
-    T, P = z.shape[0], directions.shape[1]
+def _(z, directions, knots, seed=0, count=0):
+    T, P = z.shape[0], count or directions.shape[1]
     return z.new_empty((T, P)), z.new_empty((T, 2, knots - 1, P))
 
 
@@ -187,31 +249,39 @@ def _sigreg_cpu_backward(
     ecf: torch.Tensor,
     statistic_grad: torch.Tensor | None,
     ecf_grad: torch.Tensor | None,
+    seed: int = 0,
 ) -> torch.Tensor:
     """Gradient for z from those of the two results of `_sigreg_cpu` (None is zero)."""
     z_grad = torch.empty(z.shape)
     of_statistic, of_ecf = (None if grad is None else _array(grad) for grad in (statistic_grad, ecf_grad))
-    _core.sigreg_backward(_array(z), _array(directions), _array(ecf), of_statistic, of_ecf, z_grad.numpy())
+    _core.sigreg_backward(_array(z), _source(directions, seed), _array(ecf), of_statistic, of_ecf, z_grad.numpy())
     return z_grad
 
 
 @_sigreg_cpu_backward.register_fake
-def _(z, directions, ecf, statistic_grad, ecf_grad):
+def _(z, directions, ecf, statistic_grad, ecf_grad, seed=0):
     return z.new_empty(z.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2], output[1])
+    z, directions, _, ctx.seed, _ = inputs
+    ctx.save_for_backward(z, directions, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, statistic_grad, ecf_grad):
-    if statistic_grad is None and ecf_grad is None:
-        return None, None, None
-    return _sigreg_cpu_backward(*ctx.saved_tensors, statistic_grad, ecf_grad), None, None
+    z_grad = None
+    if statistic_grad is not None or ecf_grad is not None:
+        z_grad = _sigreg_cpu_backward(*ctx.saved_tensors, statistic_grad, ecf_grad, ctx.seed)
+    return z_grad, None, None, None, None
 
 
 _sigreg_cpu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _source(directions: torch.Tensor, seed: int) -> np.ndarray | tuple[int, int]:
+    """What Rust takes: directions (D, P), or the key of some."""
+    return _array(directions) if directions.dim() else (seed % 2**64, int(directions) % 2**32)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -230,7 +300,11 @@ class _CharacteristicFunction(torch.autograd.Function):
         ctx.save_for_backward(z, directions)
         ctx.knots = knots
         z, directions = _as_computed(z, directions)
-        ecf = torch.empty((len(z), knots - 1, directions.shape[1]), dtype=z.dtype.to_complex(), device=z.device)
+        ecf = torch.empty(
+            (len(z), knots - 1, directions.shape[1]),
+            dtype=torch.promote_types(z.dtype, torch.complex64),
+            device=z.device,
+        )
         steps = _steps(z, directions)
         for rows, means in zip(z.split(steps), ecf.split(steps), strict=True):
             turn = _turn(rows, directions, knots)  # (t, B, P)
@@ -281,19 +355,24 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _resolve(z: torch.Tensor, directions: torch.Tensor, knots: int, backend: str) -> str:
+def _resolve(z: torch.Tensor, directions: torch.Tensor | Directions, knots: int, backend: str) -> str:
     """Check the arguments of `sigreg` and say which backend computes it."""
-    for name, tensor in (("z", z), ("directions", directions)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+    if not z.is_floating_point():
+        raise TypeError(f"z must be floating, got {z.dtype}")
     if z.dim() != 3 or 0 in z.shape:
         raise ValueError(f"z must have shape (T, B, D) without a zero, got {tuple(z.shape)}")
-    if directions.dim() != 2 or directions.shape[0] != z.shape[2] or directions.shape[1] == 0:
+    name, tensor = "directions", directions
+    if isinstance(directions, Directions):
+        name, tensor = "step", directions.step
+        _check_range("the width of z", z.shape[2], 1, 2**18)
+    elif not directions.is_floating_point():
+        raise TypeError(f"directions must be floating, got {directions.dtype}")
+    elif directions.dim() != 2 or directions.shape[0] != z.shape[2] or directions.shape[1] == 0:
         raise ValueError(
             f"directions must have shape ({z.shape[2]}, P) with P at least 1, got {tuple(directions.shape)}"
         )
-    if directions.device != z.device:
-        raise ValueError(f"directions must be on {z.device} like z, got {directions.device}")
+    if isinstance(tensor, torch.Tensor) and tensor.device != z.device:
+        raise ValueError(f"{name} must be on {z.device} like z, got {tensor.device}")
     if knots < 2:
         raise ValueError(f"knots must be at least 2, got {knots}")
     if backend not in ("auto", "rust", "torch", "triton"):

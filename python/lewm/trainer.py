@@ -31,7 +31,7 @@ from lewm.checks import integer
 from lewm.config import ModelConfig, TrainConfig, configure, preset_named
 from lewm.data import Dataset
 from lewm.loader import Batch, Loader
-from lewm.losses import prediction_loss, sigreg, sigreg_directions
+from lewm.losses import Directions, prediction_loss, sigreg
 from lewm.model import Model
 from lewm.model_file import brief, check_shapes, checked_stats, read_tensors, write_atomically, write_tensors
 from lewm.network import LeWM
@@ -286,10 +286,7 @@ class _Run:
         config = self.config
         with _keyed(_generator(self.device), (self.seed * 0x9E3779B97F4A7C15 + self.step) % 2**63):  # dropout
             z, prediction = self._losses(frames, actions)
-        directions = sigreg_directions(
-            self.model_config.embed_dim, config.directions, seed=self.seed, step=self.step, device=self.device
-        )
-        regulariser = sigreg(z.transpose(0, 1), directions)
+        regulariser = sigreg(z.transpose(0, 1), Directions(config.directions, self.seed, self.step))
         loss = prediction + config.sigreg_weight * regulariser
         self._mark("sigreg")
         loss.backward()

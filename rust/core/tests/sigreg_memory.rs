@@ -5,7 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lewm_core::pool::Pool;
-use lewm_core::sigreg::{backward, forward, Gradients, Shape};
+use lewm_core::sigreg::{backward, forward, Directions, Gradients, Shape};
 
 /// The system's allocator, and the bytes that it has given.
 struct Counting;
@@ -36,7 +36,7 @@ static ALLOCATOR: Counting = Counting;
 #[test]
 fn work_space_is_small() {
     let shape = Shape { steps: 4, batch: 512, dim: 192, directions: 1024, knots: 17 };
-    let (z, directions) = (vec![0.1; 4 * 512 * 192], vec![0.1; 192 * 1024]);
+    let (z, directions) = (vec![0.1; 4 * 512 * 192], Directions::Keyed { seed: 0, step: 0 });
     let (mut statistic, mut ecf) = (vec![0.0; 4 * 1024], vec![0.0; 4 * 2 * 16 * 1024]);
     let mut z_grad = vec![0.0; z.len()];
     let pool = Pool::new(4);
@@ -47,9 +47,9 @@ fn work_space_is_small() {
         MOST.load(Ordering::Relaxed) - before
     };
     let projections = 4 * 512 * 1024 * size_of::<f32>();
-    let ahead = extra(&mut || forward(shape, &z, &directions, &mut statistic, &mut ecf, &pool).unwrap());
+    let ahead = extra(&mut || forward(shape, &z, directions, &mut statistic, &mut ecf, &pool).unwrap());
     let gradients = Gradients { ecf: &ecf, of_statistic: Some(&statistic), of_ecf: None };
-    let back = extra(&mut || backward(shape, &z, &directions, gradients, &mut z_grad, &pool).unwrap());
+    let back = extra(&mut || backward(shape, &z, directions, gradients, &mut z_grad, &pool).unwrap());
     // z and directions packed are 2.4 MB, and 3.7 MB with all that the gradient needs.
     assert!(ahead < projections / 3, "forward took {ahead} bytes");
     assert!(back < projections / 2, "backward took {back} bytes");

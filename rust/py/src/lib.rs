@@ -24,7 +24,7 @@ mod _core {
     #[pymodule_export]
     use crate::planner::{noise, philox, Planner};
     #[pymodule_export]
-    use crate::sigreg::{sigreg_backward, sigreg_forward};
+    use crate::sigreg::{sigreg_backward, sigreg_directions, sigreg_forward};
     #[pymodule_export]
     use crate::store::{repair_store, verify_store, Store, StoreWriter};
 

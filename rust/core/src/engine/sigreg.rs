@@ -7,7 +7,8 @@
 //! e, by Horner's rule. `kernels/README.md` has the formulas.
 //!
 //! Projections are made for a few rows and columns at a time, and made again by the backward pass; nothing of size (T, B, P)
-//! reaches memory. What does is z and u packed for the products, and the gradient's coefficients.
+//! reaches memory. What does is z and u packed for the products, and the gradient's coefficients. Directions of a key are
+//! made on their way there.
 //!
 //! Every sum has one order, whatever the number of threads: same input, same bits.
 
@@ -17,7 +18,7 @@ use super::layout::{lines, Line, Rows, LANES};
 use super::simd::Simd;
 use super::Parts;
 use crate::pool::Pool;
-use crate::Error;
+use crate::{rng, Error};
 
 /// Knots lie on [0, 3], as in the official code.
 const LAST_KNOT: f64 = 3.0;
@@ -29,6 +30,56 @@ const TILES: usize = 16;
 const CHUNK: usize = 8;
 /// Most row tiles of a backward task: it reads all directions, so few tasks are good.
 const MOST_TILES: usize = 8;
+
+/// The environment whose noise directions are made of.
+pub const ENV_ID: u32 = u32::MAX;
+
+/// Unit directions (D, P), or what they are made from.
+#[derive(Clone, Copy, Debug)]
+pub enum Directions<'a> {
+    /// (D, P).
+    Given(&'a [f32]),
+    /// Direction p is the noise of `seed`, plan `step`, iteration 0, environment [`ENV_ID`] and sample p, D numbers as
+    /// [`rng`] lays them out, divided by their norm.
+    Keyed {
+        /// Of the run.
+        seed: u64,
+        /// Of training.
+        step: u32,
+    },
+}
+
+/// Directions of a key, in rows: (P, D).
+///
+/// # Errors
+/// [`Error::Argument`] when a size is zero or past the limits of [`rng`], or there is no memory for the result.
+pub fn directions(seed: u64, step: u32, count: usize, dim: usize) -> Result<Vec<f32>, Error> {
+    check_keyed(count, dim)?;
+    let mut rows = Vec::new();
+    rng::resize(&mut rows, &[count, dim])?;
+    draw(seed, step, 0, dim, &mut rows);
+    Ok(rows)
+}
+
+/// Writes the directions from number `first` on, each a row of `dim` numbers.
+fn draw(seed: u64, step: u32, first: usize, dim: usize, rows: &mut [f32]) {
+    rng::draw(rng::Key { seed, plan: step, iteration: 0, env_id: ENV_ID }, first, dim, None, rows);
+    for row in rows.chunks_exact_mut(dim) {
+        let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        // Where D is 1 a direction can be zero, and stays that.
+        for x in row {
+            *x = (f64::from(*x) / norm.max(f64::MIN_POSITIVE)) as f32;
+        }
+    }
+}
+
+fn check_keyed(count: usize, dim: usize) -> Result<(), Error> {
+    let most = 4 * rng::FIELD;
+    if count > 0 && count as u64 <= 1 << 32 && (1..=most).contains(&dim) {
+        return Ok(());
+    }
+    Err(Error::Argument(format!("directions of a key must be 1..=2^32 of 1..={most} numbers, got {count} of {dim}")))
+}
 
 /// What is computed: T, B, D, P and K.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,9 +97,13 @@ pub struct Shape {
 }
 
 impl Shape {
-    fn check(self, z: usize, directions: usize, statistic: usize, ecf: usize) -> Result<(), Error> {
+    fn check(self, z: usize, directions: Directions, statistic: usize, ecf: usize) -> Result<(), Error> {
         let product = |sizes: &[usize]| sizes.iter().try_fold(1_usize, |all, &size| all.checked_mul(size));
         let Self { steps: t, batch: b, dim: d, directions: p, knots: k } = self;
+        let directions = match directions {
+            Directions::Given(directions) => directions.len(),
+            Directions::Keyed { .. } => check_keyed(p, d).map(|()| p.saturating_mul(d))?,
+        };
         let fits = t.min(b).min(d).min(p) > 0
             && k > 1
             && product(&[t, b, d]) == Some(z)
@@ -80,19 +135,19 @@ impl Shape {
 }
 
 /// Writes the statistic (T, P) and the characteristic function (T, 2, K - 1, P), mean cosines, then mean sines, of `z`
-/// (T, B, D) along `directions` (D, P).
+/// (T, B, D) along `directions`.
 ///
 /// # Errors
 /// [`Error::Argument`]: lengths that do not fit `shape`, or a shape without numbers.
 pub fn forward(
     shape: Shape,
     z: &[f32],
-    directions: &[f32],
+    directions: Directions,
     statistic: &mut [f32],
     ecf: &mut [f32],
     pool: &Pool,
 ) -> Result<(), Error> {
-    shape.check(z.len(), directions.len(), statistic.len(), ecf.len())?;
+    shape.check(z.len(), directions, statistic.len(), ecf.len())?;
     // SAFETY: the processor has these kernels; lengths are checked.
     unsafe { forward_with(best(), shape, z, directions, statistic, ecf, pool) };
     Ok(())
@@ -116,15 +171,15 @@ pub struct Gradients<'a> {
 pub fn backward(
     shape: Shape,
     z: &[f32],
-    directions: &[f32],
+    directions: Directions,
     gradients: Gradients,
     z_grad: &mut [f32],
     pool: &Pool,
 ) -> Result<(), Error> {
     let Gradients { ecf, of_statistic, of_ecf } = gradients;
     let statistic = of_statistic.map_or(shape.steps * shape.directions, <[f32]>::len);
-    shape.check(z.len(), directions.len(), statistic, ecf.len())?;
-    shape.check(z_grad.len(), directions.len(), statistic, of_ecf.unwrap_or(ecf).len())?;
+    shape.check(z.len(), directions, statistic, ecf.len())?;
+    shape.check(z_grad.len(), directions, statistic, of_ecf.unwrap_or(ecf).len())?;
     // SAFETY: the processor has these kernels; lengths are checked.
     unsafe { backward_with(best(), shape, z, directions, gradients, z_grad, pool) };
     Ok(())
@@ -141,7 +196,7 @@ unsafe fn forward_with(
     k: &Kernels,
     shape: Shape,
     z: &[f32],
-    directions: &[f32],
+    directions: Directions,
     statistic: &mut [f32],
     ecf: &mut [f32],
     pool: &Pool,
@@ -190,22 +245,16 @@ unsafe fn backward_with(
     k: &Kernels,
     shape: Shape,
     z: &[f32],
-    directions: &[f32],
+    directions: Directions,
     gradients: Gradients,
     z_grad: &mut [f32],
     pool: &Pool,
 ) {
     let Shape { steps, batch, dim, directions: count, knots } = shape;
     let (tiles, panels, powers) = (batch.div_ceil(k.tile), lines(count), knots - 1);
-    let [rows, columns, turned, coefficients] = pack(
-        pool,
-        &[
-            packed_rows(k, shape, z),
-            packed_columns(shape, directions),
-            turned_columns(shape, directions),
-            coefficients(shape, gradients),
-        ],
-    );
+    let [rows, columns, coefficients] =
+        pack(pool, &[packed_rows(k, shape, z), packed_columns(shape, directions), coefficients(shape, gradients)]);
+    let [turned] = pack(pool, &[turned_columns(shape, &columns)]);
     let most = (steps * tiles / (4 * pool.threads())).clamp(1, MOST_TILES);
     let blocks = tiles.div_ceil(most);
     let z_grad = Parts(z_grad.as_mut_ptr());
@@ -304,24 +353,33 @@ fn packed_rows<'a>(k: &'a Kernels, shape: Shape, z: &'a [f32]) -> Packing<'a> {
 }
 
 /// Directions (D, P) as panels of columns.
-fn packed_columns(shape: Shape, directions: &[f32]) -> Packing<'_> {
+fn packed_columns(shape: Shape, directions: Directions<'_>) -> Packing<'_> {
+    let Shape { dim, directions: count, .. } = shape;
     let fill = move |panel: usize, to: &mut [Line]| {
-        for (row, to) in directions.chunks_exact(shape.directions).zip(to) {
-            copy(to, &row[(panel * LANES).min(row.len())..]);
+        let first = (panel * LANES).min(count);
+        match directions {
+            Directions::Given(directions) => {
+                directions.chunks_exact(count).zip(to).for_each(|(row, to)| copy(to, &row[first..]));
+            }
+            Directions::Keyed { seed, step } => {
+                let mut drawn = vec![0.0; LANES.min(count - first) * dim];
+                draw(seed, step, first, dim, &mut drawn);
+                for (lane, direction) in drawn.chunks_exact(dim).enumerate() {
+                    direction.iter().zip(&mut *to).for_each(|(&x, to)| to.0[lane] = x);
+                }
+            }
         }
     };
-    Packing { parts: lines(shape.directions), size: lines(shape.dim) * LANES, fill: Box::new(fill) }
+    Packing { parts: lines(count), size: lines(dim) * LANES, fill: Box::new(fill) }
 }
 
-/// Directions (D, P) as panels of their rows: the columns of the transposed matrix.
-fn turned_columns(shape: Shape, directions: &[f32]) -> Packing<'_> {
-    const LINES: usize = 64;
+/// Packed columns as panels of rows: the columns of the transposed matrix.
+fn turned_columns(shape: Shape, columns: &[Line]) -> Packing<'_> {
+    let height = lines(shape.dim) * LANES;
     let fill = move |panel: usize, to: &mut [Line]| {
-        let rows = || directions.chunks_exact(shape.directions).skip(panel * LANES).take(LANES);
-        // A few lines at a time, so that they stay in the level 1 cache for all rows.
-        for (from, to) in to.chunks_mut(LINES).enumerate() {
-            for (lane, row) in rows().enumerate() {
-                row.iter().skip(from * LINES).zip(&mut *to).for_each(|(&x, to)| to.0[lane] = x);
+        for (column, to) in columns.chunks_exact(height).zip(to.chunks_exact_mut(LANES)) {
+            for (lane, row) in column[panel * LANES..][..LANES].iter().enumerate() {
+                row.0.iter().zip(&mut *to).for_each(|(&x, to)| to.0[lane] = x);
             }
         }
     };
@@ -503,6 +561,10 @@ mod tests {
     type Results<T> = [Vec<T>; 3];
 
     impl Case {
+        fn directions(&self) -> Directions<'_> {
+            Directions::Given(&self.directions)
+        }
+
         fn new((steps, batch, dim, directions): (usize, usize, usize, usize), knots: usize) -> Self {
             let mut random = Random((steps * batch * dim * directions * knots) as u64);
             Self {
@@ -515,15 +577,19 @@ mod tests {
         }
 
         fn run(&self, k: &Kernels, threads: usize) -> Results<f32> {
+            self.run_along(self.directions(), k, threads)
+        }
+
+        fn run_along(&self, directions: Directions, k: &Kernels, threads: usize) -> Results<f32> {
             let pool = Pool::new(threads);
             let empty = |count| vec![f32::NAN; count];
             let (mut statistic, mut ecf, mut grad) =
                 (empty(self.of_statistic.len()), empty(self.of_ecf.len()), empty(self.z.len()));
             unsafe {
-                forward_with(k, self.shape, &self.z, &self.directions, &mut statistic, &mut ecf, &pool);
+                forward_with(k, self.shape, &self.z, directions, &mut statistic, &mut ecf, &pool);
                 let gradients =
                     Gradients { ecf: &ecf, of_statistic: Some(&self.of_statistic), of_ecf: Some(&self.of_ecf) };
-                backward_with(k, self.shape, &self.z, &self.directions, gradients, &mut grad, &pool);
+                backward_with(k, self.shape, &self.z, directions, gradients, &mut grad, &pool);
             }
             [statistic, ecf, grad]
         }
@@ -600,9 +666,36 @@ mod tests {
         }
     }
 
+    fn bits(results: Results<f32>) -> [Vec<u32>; 3] {
+        results.map(|x| x.iter().map(|x| x.to_bits()).collect())
+    }
+
+    #[test]
+    fn a_key_gives_the_bits_of_its_directions() {
+        for (i, &sizes) in SHAPES.iter().enumerate() {
+            let (mut case, seed, step) = (Case::new(sizes, 5), u64::MAX - i as u64, i as u32);
+            let Shape { dim, directions: count, .. } = case.shape;
+            let rows = directions(seed, step, count, dim).unwrap();
+            case.directions = (0..dim * count).map(|at| rows[at % count * dim + at / count]).collect();
+            let noise = rng::noise(seed, step, 0, &[ENV_ID], count, dim).unwrap();
+            for (noise, row) in noise.chunks_exact(dim).zip(rows.chunks_exact(dim)) {
+                let norm = noise.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+                let want = |x: &f32| f64::from(*x) / norm;
+                assert!(noise.iter().zip(row).all(|(x, &u)| (f64::from(u) - want(x)).abs() < 1e-7));
+            }
+            for k in every() {
+                let keyed = case.run_along(Directions::Keyed { seed, step }, k, 2);
+                assert!(bits(keyed) == bits(case.run(k, 2)), "{} {sizes:?}", k.name);
+            }
+        }
+        assert!(directions(0, 0, 0, 4).is_err());
+        assert!(directions(0, 0, 4, 0).is_err());
+        assert!(directions(0, 0, 1, 4 * rng::FIELD + 1).is_err());
+        assert!(directions(0, 0, 1 << 32, 4 * rng::FIELD).is_err(), "there is no memory for this");
+    }
+
     #[test]
     fn threads_change_no_bit() {
-        let bits = |results: Results<f32>| results.map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
         for k in every() {
             let case = Case::new((2, 97, 33, 165), 17);
             let alone = bits(case.run(k, 1));
@@ -648,7 +741,8 @@ mod tests {
         let pool = Pool::new(1);
         let shape = Shape { steps: 1, batch: 2, dim: 3, directions: 4, knots: 3 };
         let run = |shape, z: usize, u: usize, statistic: usize, ecf: usize| {
-            forward(shape, &vec![0.0; z], &vec![0.0; u], &mut vec![0.0; statistic], &mut vec![0.0; ecf], &pool)
+            let u = vec![0.0; u];
+            forward(shape, &vec![0.0; z], Directions::Given(&u), &mut vec![0.0; statistic], &mut vec![0.0; ecf], &pool)
         };
         assert!(run(shape, 6, 12, 4, 16).is_ok());
         for (z, u, statistic, ecf) in [(5, 12, 4, 16), (6, 11, 4, 16), (6, 12, 5, 16), (6, 12, 4, 15)] {
@@ -658,10 +752,10 @@ mod tests {
         assert!(run(Shape { knots: 1, ..shape }, 6, 12, 4, 0).is_err());
         assert!(run(Shape { knots: usize::MAX, ..shape }, 6, 12, 4, 16).is_err());
         let gradients = Gradients { ecf: &[0.0; 16], of_statistic: Some(&[0.0; 3]), of_ecf: None };
-        assert!(backward(shape, &[0.0; 6], &[0.0; 12], gradients, &mut [0.0; 6], &pool).is_err());
+        assert!(backward(shape, &[0.0; 6], Directions::Given(&[0.0; 12]), gradients, &mut [0.0; 6], &pool).is_err());
         let gradients = Gradients { ecf: &[0.0; 16], of_statistic: None, of_ecf: Some(&[0.0; 15]) };
-        assert!(backward(shape, &[0.0; 6], &[0.0; 12], gradients, &mut [0.0; 6], &pool).is_err());
+        assert!(backward(shape, &[0.0; 6], Directions::Given(&[0.0; 12]), gradients, &mut [0.0; 6], &pool).is_err());
         let gradients = Gradients { ecf: &[0.0; 16], of_statistic: None, of_ecf: None };
-        assert!(backward(shape, &[0.0; 6], &[0.0; 12], gradients, &mut [0.0; 5], &pool).is_err());
+        assert!(backward(shape, &[0.0; 6], Directions::Given(&[0.0; 12]), gradients, &mut [0.0; 5], &pool).is_err());
     }
 }
