@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lewm.kernels.philox import normals
-from lewm.kernels.rollout import Rollout, Weights, cost_launch
-from lewm.kernels.rollout import examples as rollout_examples
+from lewm.kernels.rollout import Rollout, Weights, captured, cost_launch, on
 
 
 @triton.jit
@@ -123,6 +122,32 @@ def _refit_kernel(cost_ptr, candidate_ptr, moved_ptr, low_ptr, high_ptr, order_p
     moved = tl.sum(tl.load(moved_ptr + e * S + index, mask=real, other=0), axis=0)
     tl.store(clipped_ptr + e, tl.load(clipped_ptr + e) + moved.to(tl.float64))
     tl.store(step_ptr + e, step + 1)
+
+
+def sample(
+    mean: Tensor, std: Tensor, low: Tensor, high: Tensor, key: Tensor, step: Tensor, candidates: Tensor, moved: Tensor
+) -> None:
+    """Writes candidates (E, S, H A) and how many entries of each the bounds moved; see `_sample_kernel`."""
+    environments, samples, width = candidates.shape
+    blocks, rows = triton.next_power_of_2(triton.cdiv(width, 4)), 16
+    _sample_kernel[(environments, triton.cdiv(samples, rows))](
+        mean, std, low, high, key, step, candidates, moved, samples, WIDTH=width, BLOCKS=blocks, ROWS=rows,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def refit(
+    costs: Tensor, candidates: Tensor, moved: Tensor, low: Tensor, high: Tensor, order: Tensor, mean: Tensor,
+    std: Tensor, actions: Tensor, best: Tensor, trace: Tensor, clipped: Tensor, fault: Tensor, step: Tensor,
+    elites: int, floor: Tensor,
+) -> None:  # fmt: skip
+    """Fits mean and std (E, H A) to the elites, and keeps the best candidate; see `_refit_kernel`."""
+    environments, samples, width = candidates.shape
+    _refit_kernel[(environments,)](
+        costs, candidates, moved, low, high, order, mean, std, actions, best, trace, clipped, fault, step,
+        environments, samples, elites, floor, WIDTH=width, PADDED=triton.next_power_of_2(width),
+        SAMPLES=triton.next_power_of_2(samples), CHUNK=32, num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 class _Fields:
@@ -231,22 +256,14 @@ class CEM:
             rollout.observe(given["z"], past)
 
     def _iterate(self) -> None:
-        given, found, width = self._in.device, self._out.device, self._width
-        candidates = self._search.candidates
-        rows = 16
-        _sample_kernel[(self.environments, triton.cdiv(self.samples, rows))](
-            found["mean"], found["std"], given["low"], given["high"], given["key"], self._step, candidates, self._moved,
-            self.samples, WIDTH=width, BLOCKS=triton.next_power_of_2(triton.cdiv(width, 4)), ROWS=rows, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-        self._search.run()
-        cost_launch(self._search.latents[-1], given["goal"], self._costs)()
-        _refit_kernel[(self.environments,)](
-            self._costs, candidates, self._moved, given["low"], given["high"], self._order, found["mean"], found["std"],
-            found["actions"], found["cost"], found["trace"], found["clipped"], found["fault"], self._step,
-            self.environments, self.samples, self.elites, given["floor"], WIDTH=width,
-            PADDED=triton.next_power_of_2(width), SAMPLES=triton.next_power_of_2(self.samples), CHUNK=32, num_warps=8,
-            enable_fp_fusion=True,
+        given, found, search = self._in.device, self._out.device, self._search
+        candidates, bounds = search.candidates.view(self.environments, self.samples, -1), (given["low"], given["high"])
+        sample(found["mean"], found["std"], *bounds, given["key"], self._step, candidates, self._moved)
+        search.run()
+        cost_launch(search.latents[-1], given["goal"], self._costs)()
+        refit(
+            self._costs, candidates, self._moved, *bounds, self._order, found["mean"], found["std"], found["actions"],
+            found["cost"], found["trace"], found["clipped"], found["fault"], self._step, self.elites, given["floor"],
         )  # fmt: skip
 
     def _finish(self) -> None:
@@ -270,21 +287,9 @@ class CEM:
 
     def _run(self, name: str) -> None:
         """Runs one of the above, on CUDA as a graph that is captured when it is first asked for."""
-        work = getattr(self, name)
-        if not self._cuda:
-            return work()
         if name not in self._graphs:
-            with torch.cuda.device(self._costs.device):
-                stream = torch.cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    work()  # compiles
-                stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    work()
-            self._graphs[name] = graph.replay
-        return self._graphs[name]()
+            self._graphs[name] = captured(getattr(self, name), self._costs.device)
+        self._graphs[name]()
 
     # -------------------------------------------------------------------------------------------------------- solve
 
@@ -308,8 +313,8 @@ class CEM:
             ValueError: A cost is NaN or -inf, or fewer than two in an iteration are finite.
         """
         started = time.perf_counter()
-        with self._lock:
-            host, device = self._in.host, self._out.device
+        with self._lock, on(self._costs.device):
+            host = self._in.host
             words = np.concatenate([np.array([seed, plan], np.uint64), env_ids.astype(np.uint64)]).view(np.int64)
             horizon = self._shape[1]
             bounds = _inwards(low, high, self._shape[2])
@@ -326,7 +331,7 @@ class CEM:
                 hit, done = self._within(deadline, started)
                 self._out.download()
             if self._cuda:
-                torch.cuda.current_stream(device["cost"].device).synchronize()
+                torch.cuda.current_stream().synchronize()
             return self._found(hit, done)
 
     def _within(self, deadline: float, started: float) -> tuple[bool, int]:
@@ -339,7 +344,7 @@ class CEM:
                 return True, iteration
             self._run("_iterate")
             if self._cuda:
-                torch.cuda.current_stream(self._costs.device).synchronize()
+                torch.cuda.current_stream().synchronize()
             last = time.perf_counter() - begun
         if time.perf_counter() - started > deadline:
             return True, self.iterations
@@ -387,10 +392,22 @@ def _inwards(low: np.ndarray | None, high: np.ndarray | None, width: int) -> tup
 
 
 def examples() -> Iterator[tuple[str, Callable[[], None]]]:
-    """What `lewm.kernels.code` compiles: an iteration of the paper's plan, for one environment and for fifty."""
+    """What `lewm.kernels.code` compiles: the kernels of this module in the paper's plan for one environment."""
+    meta, e, s, elites, width, dim = torch.device("meta"), 1, 300, 30, 50, 192
 
-    def iteration(weights: Weights, rows: int) -> Callable[[], None]:
-        settings = {"samples": 300, "iterations": 30, "elites": 30, "horizon": 5, "init_std": 1.0, "min_std": 0.05}
-        return CEM(weights, rows // 300, 1, reference=False, **settings)._iterate
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=meta)
 
-    return rollout_examples(iteration)
+    double, count, plan = torch.float64, torch.int32, empty(e, width, dtype=torch.float64)
+    moved, step, candidates = empty(e * s, dtype=count), empty(e, dtype=count), empty(e, s, width)
+    bounds, key = (empty(width), empty(width)), empty(2 + e, dtype=torch.int64)
+    yield "paper", lambda: sample(plan, plan, *bounds, key, step, candidates, moved)
+    yield "paper", lambda: cost_launch(empty(e * s, dim), empty(e, dim), empty(e * s))()
+    yield (
+        "paper",
+        lambda: refit(
+            empty(e * s), candidates, moved, *bounds, empty(e * elites, dtype=count), plan, plan, plan,
+            empty(e, dtype=double), empty(30, e, dtype=double), empty(e, dtype=double), empty(e, 4, dtype=double), step,
+            elites, empty(1, dtype=double),
+        ),
+    )  # fmt: skip

@@ -6,6 +6,7 @@ same mathematics in PyTorch and the reference of the tests.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -208,13 +209,13 @@ def _linear_kernel(x_ptr, matrix_ptr, bias_ptr, out_ptr, M, OUTPUTS, N: tl.const
 def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr, out_ptr, out_bias_ptr, alone_ptr,
                       alone_bias_ptr, key_ptr, value_ptr, operand_ptr, y_ptr, zero_ptr, R, modulation_stride,
                       N: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr,
-                      FROM: tl.constexpr, ASKS: tl.constexpr, KEEP: tl.constexpr, FIRST: tl.constexpr,
-                      CLEAR: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                      FROM: tl.constexpr, ASKS: tl.constexpr, KEEP: tl.constexpr, CLEAR: tl.constexpr,
+                      SPLITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
                       PRECISION: tl.constexpr):  # fmt: skip
     """y = x + gate attention(operand(x)) at the positions ASKS .. WINDOW - 1 of every candidate.
 
-    x, y: (WINDOW, R, N). Positions below FROM have left their keys and values in key and value (., R, HEADS HEAD); KEEP
-    leaves those of the others there. FIRST: x is a token, to which its position is added. A program has some candidates
+    x is what is given plus position (WINDOW, N); x, y: (WINDOW, R, N). Positions below FROM have left their keys
+    and values in key and value (., R, HEADS HEAD); KEEP leaves those of the others there. A program has some candidates
     and, of SPLITS, one share of the heads. CLEAR: zero (WINDOW, R, N) is cleared.
     """
     TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
@@ -231,12 +232,10 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
     # rest. All splits of the same candidates write the same numbers.
     for p in tl.static_range(FROM, WINDOW):
         at = p * R + rows
-        x = _load_rows(x_ptr, at, N, live, N, C)
-        if FIRST:
-            moved = ()
-            for c in tl.static_range(TILES):
-                moved = moved + (x[c] + tl.load(position_ptr + p * N + c * C + inputs)[None, :],)
-            x = moved
+        plain = _load_rows(x_ptr, at, N, live, N, C)
+        x = ()
+        for c in tl.static_range(TILES):
+            x = x + (plain[c] + tl.load(position_ptr + p * N + c * C + inputs)[None, :],)
         operand = _modulated(x, modulation_ptr, modulation_stride, at, live, TYPE, N, C)
         for c in tl.static_range(TILES):
             tl.store(operand_ptr + at[:, None] * N + (c * C + inputs)[None, :], operand[c], mask=live[:, None])
@@ -320,13 +319,13 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
                     matrix = tl.load(alone_ptr + (i * C + inputs)[:, None] * N + columns[None, :])
                     value = _dot(a, matrix, value, PRECISION)
                 _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, 0, rows, live, columns, modulation_stride, value,
-                        True, N, FIRST, 1)  # fmt: skip
+                        True, N, 1)  # fmt: skip
         for p in tl.static_range(LOOKS, WINDOW):
             value = total[c * (WINDOW - LOOKS) + p - LOOKS]
             if mine:
                 value += tl.load(out_bias_ptr + columns)[None, :]
             _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, p, rows, live, columns, modulation_stride, value,
-                    mine, N, FIRST, SPLITS)  # fmt: skip
+                    mine, N, SPLITS)  # fmt: skip
         if CLEAR:
             if mine:
                 for p in tl.static_range(ASKS, WINDOW):
@@ -336,7 +335,7 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
 
 @triton.jit
 def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, p, rows, live, columns, modulation_stride, value, mine,
-            N: tl.constexpr, FIRST: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+            N: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """Adds gate value, and x for one of the splits, to one tile of y at position p."""
     at = p * R + rows
     gate = tl.load(modulation_ptr + 2 * N + at[:, None] * modulation_stride + columns[None, :], mask=live[:, None],
@@ -344,8 +343,7 @@ def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, p, rows, live, column
     value = gate * value
     if mine:
         value += tl.load(x_ptr + at[:, None] * N + columns[None, :], mask=live[:, None], other=0.0)
-        if FIRST:
-            value += tl.load(position_ptr + p * N + columns)[None, :]
+        value += tl.load(position_ptr + p * N + columns)[None, :]
     _add_rows(y_ptr, at, live, columns, N, value, SPLITS)
 
 
@@ -642,10 +640,12 @@ class Rollout:
         self._condition = empty((frames - 1 + horizon) * rows, n, dtype=kind)
         self._past = empty(rows, max(frames - 1, 1), c.block_dim)
         self._x = empty(3, window, rows, n)
+        self._nowhere = torch.zeros_like(w.positions)  # tokens have positions; what a layer leaves has them in it
         self._operand = empty(window, rows, n, dtype=kind)
         grows = frames < c.history and horizon > 1
         self._cache = empty(2, c.predictor_depth, window if grows else 0, rows, _inner(c), dtype=kind)
         self.launches = self._steps(every)
+        self._replay: Callable[[], None] | None = None
 
     def observe(self, z: Tensor, past: Tensor | None) -> None:
         """Sets what all candidates of an environment share: latents (E, T, D) and the normalised blocks between them.
@@ -664,6 +664,12 @@ class Rollout:
         """Computes `latents` on the current stream."""
         for launch in self.launches:
             launch()
+
+    def replay(self) -> None:
+        """`run`, on CUDA as a graph that the first call captures."""
+        if self._replay is None:
+            self._replay = captured(self.run, self.candidates.device)
+        self._replay()
 
     def _modulate(self, actions: Tensor, slot: int, count: int, strips: int) -> list[Launch]:
         """What the actions of slots `slot ..` do to each layer."""
@@ -731,7 +737,6 @@ class Rollout:
             "FROM": first,
             "ASKS": asks,
             "KEEP": keep,
-            "FIRST": layer == 0,
             "CLEAR": shared,
             "SPLITS": splits,
             "ROWS": rows,
@@ -740,8 +745,8 @@ class Rollout:
         }
         weights = (tensor[layer] for tensor in w.attention)
         kept = (self._cache[0, layer], self._cache[1, layer], self._operand)
-        source = self._tokens[start] if layer == 0 else x
-        arguments = (source, w.positions, modulation, *weights, *kept, y, zero, self.rows, self._modulation.shape[2])
+        source = (self._tokens[start], w.positions) if layer == 0 else (x, self._nowhere)
+        arguments = (*source, modulation, *weights, *kept, y, zero, self.rows, self._modulation.shape[2])
         return self._launch(_attention_kernel, (triton.cdiv(self.rows, rows), splits), arguments, constants)
 
     def _mlp(self, layer: int, start: int, size: int, asks: int, shared: bool) -> Launch:
@@ -800,6 +805,27 @@ def _inner(config: Any) -> int:
     return config.predictor_heads * config.predictor_head_dim
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it, kernels are launched on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def captured(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`work` as a CUDA graph, after a first run that compiles; elsewhere `work` itself."""
+    if device.type != "cuda":
+        return work
+    with on(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+    return graph.replay
+
+
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; in the interpreter, those of an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
@@ -813,21 +839,18 @@ def cost_launch(z: Tensor, goal: Tensor, costs: Tensor) -> Launch:
     return Launch(_cost_kernel, (triton.cdiv(rows, 16), 1), arguments, constants | {"enable_fp_fusion": True})
 
 
-def examples(
-    made: Callable[[Weights, int], Callable[[], None]] = lambda weights, rows: Rollout(weights, rows, 1, 5).run,
-) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What `lewm.kernels.code` compiles: plans of one environment and of fifty, 300 candidates each."""
+def examples() -> Iterator[tuple[str, Callable[[], None]]]:
+    """What `lewm.kernels.code` compiles: rollouts of a plan for one environment and for fifty, 300 candidates each."""
     from lewm.config import configure
     from lewm.network import LeWM
 
     for preset, precision, rows in (
         ("paper", "bfloat16", 300),
         ("paper", "bfloat16", 15000),
-        ("paper", "tf32", 300),
         ("paper", "float32", 300),
         ("tiny", "bfloat16", 300),
     ):
         config, _ = configure(preset, 2, {})
         with torch.device("meta"):
             weights = pack(config, LeWM(config).state_dict(), precision, "meta")
-        yield f"{preset} {precision}, {rows} candidates", made(weights, rows)
+        yield f"{preset} {precision}, {rows} candidates", Rollout(weights, rows, 1, 5).run

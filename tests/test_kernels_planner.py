@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 import lewm
 from lewm import _core
-from lewm.kernels.planner import CEM
+from lewm.kernels.planner import CEM, refit
 from lewm.kernels.rollout import Rollout, cost_launch, pack
 from test_kernels_rollout import OTHER, network
 
@@ -140,8 +140,6 @@ def test_costs_that_are_no_numbers():
 @pytest.mark.parametrize("samples", [2, 3, 31, 64, 300])
 def test_elites_with_ties(samples):
     """Ties go to the lower sample, costs of +inf are no elites."""
-    from lewm.kernels.planner import _refit_kernel
-
     draw = np.random.default_rng(samples)
     environments, width, elites = 2, 6, max(2, samples // 3)
     costs = draw.integers(0, 4, (environments, samples)).astype(np.float32)
@@ -163,10 +161,9 @@ def test_elites_with_ties(samples):
         zeros(2),
     )
     moved, fault = zeros(environments, samples, dtype=torch.int32) + 1, zeros(environments, 4)
-    _refit_kernel[(environments,)](
+    refit(
         on_device(costs), on_device(candidates), moved, low, high, order, mean, std, actions, best, trace, clipped,
-        fault, step, environments, samples, elites, zeros(1), WIDTH=width, PADDED=8,
-        SAMPLES=int(2 ** np.ceil(np.log2(samples))), CHUNK=32,
+        fault, step, elites, zeros(1),
     )  # fmt: skip
     for e in range(environments):
         chosen = [s for s in np.argsort(costs[e], kind="stable")[:elites] if costs[e, s] < np.inf]

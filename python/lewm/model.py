@@ -158,9 +158,10 @@ class Model:
     def objective(self, z: np.ndarray, goal: np.ndarray, past_actions: np.ndarray | None = None) -> Any:
         """What a planner scores candidates (E, S, H, A) with: `costs` with all but the candidates given.
 
-        On the CPU it is an object that the Rust planner drives without returning to Python.
+        On "cpu" it is an object that the Rust planner drives without returning to Python, on "cuda" one that can search
+        by itself (`solve`).
         """
-        if self.backend == "cpu":
+        if hasattr(self._engine, "objective"):
             return self._engine.objective(z, goal, past_actions)
         return lambda candidates: self.costs(z, goal, candidates, past_actions)
 
@@ -264,22 +265,44 @@ class Model:
 
 
 def _engine(config: ModelConfig, weights: dict[str, Any], backend: str, precision: str, device: str | None) -> Any:
-    """What runs a model. "auto" is torch if a device or float64 asks for it or if it sees a GPU, else the CPU."""
-    if backend not in ("auto", "cpu", "torch"):
-        raise ValueError(f'backend must be "auto", "cpu" or "torch", got {backend!r}')
+    """What runs a model."""
+    if backend not in ("auto", "cpu", "cuda", "torch"):
+        raise ValueError(f'backend must be "auto", "cpu", "cuda" or "torch", got {backend!r}')
     if backend == "cpu" and device is not None:
-        raise ValueError(f'device is for backend "torch"; backend "cpu" runs on this processor, got {device!r}')
+        raise ValueError(
+            f'device is for the backends "cuda" and "torch"; backend "cpu" runs on this processor, got {device!r}'
+        )
     if backend == "auto":
-        backend = "torch" if device is not None or precision == "float64" or _gpu() else "cpu"
+        backend = _best(config, precision, device)
     if backend == "cpu":
         from lewm.cpu_backend import CpuBackend
 
         return CpuBackend(config, weights, precision)
     try:
+        if backend == "cuda":
+            from lewm.cuda_backend import CudaBackend
+
+            return CudaBackend(config, weights, precision, device)
         from lewm.torch_backend import TorchBackend
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"backend \"torch\" needs {error.name}: pip install 'lewm-fast[train]'") from error
+        raise ModuleNotFoundError(
+            f"backend \"{backend}\" needs {error.name}: pip install 'lewm-fast[train]'"
+        ) from error
     return TorchBackend(config, weights, precision, device)
+
+
+def _best(config: ModelConfig, precision: str, device: str | None) -> str:
+    """The back end of "auto": cuda where torch sees a GPU that passes its check, else the CPU; torch for the rest."""
+    on_gpu = device.startswith("cuda") if device is not None else _gpu()
+    if precision == "float64" or (device is not None and not on_gpu):
+        return "torch"
+    if precision == "int8" or not on_gpu:
+        return "cpu"
+    if importlib.util.find_spec("triton") is None:
+        return "torch"
+    from lewm.cuda_backend import self_check, unusable
+
+    return "cuda" if unusable(config, device) is None and self_check(device) else "torch"
 
 
 def _gpu() -> bool:
@@ -305,11 +328,13 @@ def load(
     Args:
         src: A `.safetensors` file that lewm wrote, or a run folder that holds `model.safetensors`.
         stats: Action statistics (see `Model`) to use instead of the file's.
-        backend: "cpu" (the Rust engine), "torch" (PyTorch, the reference), or "auto": torch where it sees a GPU or
-            where a device or float64 is asked for, else the CPU.
-        precision: "float32"; "bfloat16"; "int8" with cpu; "float64" with torch; or "auto": on "cpu" the fastest of
-            int8 (wide predictors only), bfloat16 and float32 that ranks candidates as float32 does; on "torch" float32.
-        device: A torch device, for "torch" only; CUDA where there is one, else the CPU, when not given.
+        backend: "cpu" (the Rust engine), "cuda" (Triton kernels on a GPU), "torch" (PyTorch, the reference), or "auto":
+            cuda where torch sees a GPU that passes the check of `lewm.cuda_backend.self_check`, torch where it does
+            not or where another device or float64 is asked for, else the CPU.
+        precision: "float32"; "bfloat16"; "int8" with cpu; "tf32" with cuda; "float64" with torch; or "auto": on "cpu"
+            the fastest of int8 (wide predictors only), bfloat16 and float32 that ranks candidates as float32 does; on
+            "cuda" bfloat16 if it does, else float32; on "torch" float32.
+        device: A torch device, for "cuda" and "torch"; CUDA where there is one, else the CPU, when not given.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -310,18 +310,14 @@ def plan_latents(
     reference = isinstance(planner, CEM) and planner.reference
     low, high = (None, None) if reference else model.bounds()
 
-    found = (core or core_of(planner, z.dtype)).solve(
-        _objective(model, z, goal, past),
-        mean,
-        low=low,
-        high=high,
-        seed=seed,
-        env_ids=_env_ids(env_ids, environments),
-        plan=plan_index,
-        kept=kept,
-        # What encoding took has gone from the budget; even a spent one leaves the first iteration.
-        deadline=None if deadline_ms is None else max(deadline_ms / 1e3 - (time.perf_counter() - started), 0.0),
-    )
+    call = {"low": low, "high": high, "seed": seed, "env_ids": _env_ids(env_ids, environments), "plan": plan_index}
+    # What encoding took has gone from the budget; even a spent one leaves the first iteration.
+    call["deadline"] = None if deadline_ms is None else max(deadline_ms / 1e3 - (time.perf_counter() - started), 0.0)
+    objective = _objective(model, z, goal, past)
+    if isinstance(planner, CEM) and hasattr(objective, "solve"):
+        found = objective.solve(asdict(planner), mean, **call)  # the same search, where the model is
+    else:
+        found = (core or core_of(planner, z.dtype)).solve(objective, mean, kept=kept, **call)
     imagined = None
     if return_rollout:
         chosen = found["actions"][:, None].astype(z.dtype)

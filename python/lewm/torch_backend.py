@@ -49,13 +49,13 @@ class TorchBackend:
 
     def tensor(self, values: Any) -> Tensor:
         """`values` on this device in this precision's storage type; uint8 stays uint8."""
-        values = _as_tensor(values).to(self.device)
+        values = as_tensor(values).to(self.device)
         return values if values.dtype == torch.uint8 else values.to(self.dtype)
 
     @torch.no_grad()
     def encode(self, frames: Any) -> Tensor:
         """(..., size, size, 3) uint8 -> (..., D)."""
-        frames = _as_tensor(frames)
+        frames = as_tensor(frames)
         flat = frames.reshape(-1, *frames.shape[-3:])
         with self._autocast():
             z = torch.cat([self.network.encode(part.to(self.device)) for part in flat.split(_FRAMES)])
@@ -109,6 +109,7 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def _as_tensor(values: Any) -> Tensor:
+def as_tensor(values: Any) -> Tensor:
+    """A tensor over an array's memory where torch can take it, else of a copy."""
     # A flipped view (BGR to RGB) has strides that torch does not take, and a read-only array makes it warn.
     return values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=("C", "W")))
