@@ -244,7 +244,9 @@ def predict() -> list[dict[str, Any]]:
                 if form not in rows:
                     rows[form] = {"kernel": name, **code.examine(launch, "sm_90")}
                 if "f32 tf32x3" in rows[form]["products"]:
-                    continue  # Triton makes loops of its own there; nobody needs that mode's time
+                    # Triton makes loops of its own there, and nobody needs that mode's time.
+                    launches.clear()
+                    break
                 # What one of several splits does, the others jump over.
                 trips, share = TRIPS.get(name, lambda a: [])(arguments), 1 / arguments.get("SPLITS", 1)
                 launches[key] = name, work_of(launch, rows[form], trips, share), 0
