@@ -1,5 +1,6 @@
 # make demo                     set up, train a world model from pixels, steer an agent with it: runs/demo/
 # make test | lint | bench      what contributors run; test-interpret and test-one-thread repeat the tests the hard way
+# make bench-compare            runs bench, then fails if a ratio is more than 15 % below that of benches/baseline.json
 # make wheel-check              the wheel and the sdist, each built, listed and installed in a clean environment
 #
 # VENV=path                     environment to use or make: the activated one, else .venv
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 export VENV PYTHON TORCH_INDEX
 
-.PHONY: demo test test-interpret test-one-thread lint bench wheel-check setup clean
+.PHONY: demo test test-interpret test-one-thread lint bench bench-compare wheel-check setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -34,7 +35,11 @@ lint: setup
 	$(BIN)/stubtest lewm._core --mypy-config-file pyproject.toml
 
 bench: setup
-	$(BIN)/python -m pytest benches
+	@mkdir -p .benchmarks
+	$(BIN)/python -m pytest benches -m "not peer" --benchmark-json=.benchmarks/cpu.json
+
+bench-compare: bench
+	$(BIN)/python -m benches.compare
 
 wheel-check: setup
 	$(BIN)/python -m pytest -v tests/test_packaging.py

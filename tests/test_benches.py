@@ -1,6 +1,7 @@
 """Benches that are run by hand must at least run, and count what they say they count."""
 
 import dataclasses
+import datetime
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from lewm.config import PRESETS, configure
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from benches import cpu_plan
+from benches import compare, cpu_plan
 
 
 def rows_of(tmp_path, bench, *arguments):
@@ -92,3 +93,140 @@ def test_committed_rows_say_where_they_were_measured():
             assert row["device"], path
             assert row["date"], path
             assert row.get("torch") or row["lewm"], path  # a row without torch ran nothing of it
+
+
+KIND = "this processor, 1 thread"
+
+
+def measured(folder, ratios, kind=KIND):
+    """A file as pytest-benchmark writes it."""
+    infos = {name: {"ratio": ratio, "kind": kind, "numpy": "2.4.6"} for name, ratio in ratios.items()}
+    path = folder / "measured.json"
+    path.write_text(json.dumps({"benchmarks": [{"fullname": n, "extra_info": i} for n, i in infos.items()]}))
+    return path
+
+
+def compared(folder, ratios, baseline, *, update=(), kind=KIND):
+    """Exit status of `python -m benches.compare`; `baseline` is that of `KIND`, or the text of the file."""
+    path = folder / "baseline.json"
+    entry = {"date": "2026-11-23", "versions": {"numpy": "2.4.5"}, "ratios": baseline}
+    path.write_text(baseline if isinstance(baseline, str) else json.dumps({KIND: entry}))
+    return compare.main([str(measured(folder, ratios, kind)), "--baseline", str(path), *update])
+
+
+def rows(capsys):
+    """What the table says of each row."""
+    return {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+
+
+def test_a_ratio_may_fall_by_15_percent(tmp_path, capsys):
+    assert compared(tmp_path, {"a": 8.6, "b": 3.0}, {"a": 10.0, "b": 2.0}) == 0
+    assert rows(capsys)["a"] == ["10.00", "8.60", "-14%"]
+    assert compared(tmp_path, {"a": 8.4, "b": 3.0}, {"a": 10.0, "b": 2.0}) == 1
+    found = rows(capsys)
+    assert found["a"] == ["10.00", "8.40", "-16%", "FELL"]
+    assert found["b"] == ["2.00", "3.00", "+50%"]
+
+
+def test_rows_that_are_missing_fail_and_new_ones_do_not(tmp_path, capsys):
+    assert compared(tmp_path, {"a": 10.0, "b": 1.0}, {"a": 10.0}) == 0
+    assert rows(capsys)["b"] == ["nan", "1.00", "new"]
+    assert compared(tmp_path, {"a": 10.0}, {"a": 10.0, "b": 2.0}) == 1
+    found = rows(capsys)
+    assert found["b"] == ["2.00", "nan", "missing"]
+    assert " ".join(found["other"]).endswith("numpy 2.4.5 -> 2.4.6")
+
+
+def test_on_another_processor_nothing_is_compared(tmp_path, capsys):
+    assert compared(tmp_path, {"a": 1.0}, {"a": 10.0}, kind="another, 1 thread") == 0
+    out = capsys.readouterr().out
+    assert "no baseline for another, 1 thread, nothing compared" in out
+    assert KIND in out
+
+
+@pytest.mark.parametrize("found", [9.0, 8.0])
+def test_what_fell_is_measured_once_more(tmp_path, monkeypatch, capsys, found):
+    asked = []
+    monkeypatch.setattr(compare, "kind", lambda: KIND)
+    monkeypatch.setattr(compare, "again", lambda names: asked.append(names) or dict.fromkeys(names, found))
+    status = compared(tmp_path, {"a": 5.0, "b": 10.0}, {"a": 10.0, "b": 10.0})
+    assert status == (0 if found == 9.0 else 1)
+    assert asked == [["a"]]
+    assert rows(capsys)["a"][1] == f"{found:.2f}"
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    ["", "{", "[]", '{"x": 1}', '{"x": {"date": "d", "versions": {}}}']
+    + [f'{{"x": {{"date": "d", "versions": {{}}, "ratios": {{"a": {r}}}}}}}' for r in ("NaN", "-1.0", '"2"', "null")],
+)
+@pytest.mark.parametrize("update", [(), ("--update",)])
+def test_a_damaged_baseline_is_one_clear_error(tmp_path, baseline, update):
+    with pytest.raises(SystemExit, match=r"baseline\.json is damaged \(.*restore it"):
+        compared(tmp_path, {"a": 1.0}, baseline, update=update)
+    assert (tmp_path / "baseline.json").read_text() == baseline
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"benchmarks": [{"fullname": "a", "extra_info": {}}]}', '{"benchmarks": []}']
+)
+def test_a_measurement_that_is_none_is_one_clear_error(tmp_path, text):
+    path = tmp_path / "measured.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"measured\.json"):
+        compare.main([str(path)])
+    with pytest.raises(SystemExit, match="run `make bench`"):
+        compare.main([str(tmp_path / "none.json")])
+
+
+def test_a_new_baseline_is_the_median_and_keeps_the_others(tmp_path):
+    files = []
+    for number, ratio in enumerate((1.0, 5.0, 2.0)):
+        (folder := tmp_path / str(number)).mkdir()
+        files.append(str(measured(folder, {"a": ratio}, kind="another")))
+    path = tmp_path / "baseline.json"
+    entry = {"date": "2026-11-23", "versions": {}, "ratios": {"a": 10.0}}
+    path.write_text(json.dumps({KIND: entry}))
+    assert compare.main([*files, "--baseline", str(path), "--update"]) == 0
+    entries = json.loads(path.read_text())
+    assert entries[KIND] == entry
+    today = datetime.date.today().isoformat()
+    assert entries["another"] == {"date": today, "versions": {"numpy": "2.4.6"}, "ratios": {"a": 2.0}}
+    assert compare.main([files[1], "--baseline", str(path)]) == 0
+    assert compare.main([files[0], "--baseline", str(path)]) == 1
+    mixed = [files[0], str(measured(tmp_path, {"a": 1.0}))]
+    with pytest.raises(SystemExit, match="one kind of processor"):
+        compare.main([*mixed, "--baseline", str(path)])
+
+
+def test_a_bench_goes_all_the_way(tmp_path):
+    """One file of the set, as `make bench` and `make bench-compare` run it."""
+    pytest.importorskip("torch")
+    pytest.importorskip("pytest_benchmark")
+    out, baseline = tmp_path / "cpu.json", tmp_path / "baseline.json"
+    command = [sys.executable, "-m", "pytest", "benches/bench_cem.py", "-m", "not peer", f"--benchmark-json={out}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    baseline.write_text("{}")
+    options = [str(out), "--baseline", str(baseline)]
+    assert compare.main(options) == 0
+    assert compare.main([*options, "--update"]) == 0
+    entry = json.loads(baseline.read_text())[compare.kind()]
+    (name,) = entry["ratios"]
+    assert name.startswith("benches/bench_cem.py::test_")
+    assert entry["versions"]["torch"]
+    assert compare.main(options) == 0
+    entry["ratios"][name] *= 100  # as if it had been much faster: it is measured once more and fails
+    baseline.write_text(json.dumps({compare.kind(): entry}))
+    assert compare.main(options) == 1
+
+
+def test_the_committed_baseline_is_of_the_rows_there_are():
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "benches", "-m", "not peer", "--collect-only"],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
+    ).stdout.splitlines()  # fmt: skip
+    entries = compare.committed(compare.BASELINE)
+    assert entries
+    for kind, entry in entries.items():
+        functions = {name.split("[")[0] for name in entry["ratios"]}
+        assert functions <= {line.split("[")[0] for line in collected}, kind
