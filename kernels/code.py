@@ -63,37 +63,6 @@ LIMITS = {
 }
 
 
-# What is launched in practice
-
-
-def sigreg_examples() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """SIGReg at the paper's size, in the types that training gives it, and at its smallest."""
-    import torch
-
-    import lewm.kernels.sigreg as sigreg
-
-    def forward(T, B, D, P, knots=17, dtype=torch.float32, precision="ieee"):
-        z, u = torch.empty(T, B, D, dtype=dtype, device="meta"), torch.empty(D, P, device="meta")
-        return lambda: sigreg.sigreg_forward._init_fn(z, u, knots, precision)
-
-    def backward(T, B, D, P, statistic=True, ecf=False, knots=17, dtype=torch.float32, precision="ieee"):
-        z, u = torch.empty(T, B, D, dtype=dtype, device="meta"), torch.empty(D, P, device="meta")
-        saved = torch.empty(T, 2, knots - 1, P, device="meta")
-        grad = torch.empty(T, P, device="meta") if statistic else None
-        return lambda: sigreg.sigreg_backward._init_fn(z, u, saved, grad, saved if ecf else None, knots, precision)
-
-    paper = 4, 128, 192, 1024
-    yield "paper", forward(*paper)
-    yield "paper, bfloat16 input", forward(*paper, dtype=torch.bfloat16)
-    yield "paper, tf32", forward(*paper, precision="tf32")
-    yield "ones", forward(1, 1, 1, 1, knots=2)
-    yield "paper", backward(*paper)
-    yield "paper, bfloat16 input", backward(*paper, dtype=torch.bfloat16)
-    yield "paper, tf32", backward(*paper, precision="tf32")
-    yield "paper, gradient of the characteristic function", backward(*paper, statistic=False, ecf=True)
-    yield "ones", backward(1, 1, 1, 1, knots=2)
-
-
 def modules() -> list[str]:
     """The modules beside this one that define kernels (functions named `..._kernel`)."""
     return sorted(path.stem for path in TABLE.parent.glob("*.py") if kernels(path.stem))
@@ -106,14 +75,7 @@ def kernels(module: str) -> list[str]:
 
 
 def examples(module: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """`examples()` of `lewm.kernels.<module>`: what is launched in practice.
-
-    A module with kernels defines it: pairs of a label and a function without arguments that calls a host function on
-    `meta` tensors. Each form of the module's own kernels gets a row, under the first label that launches it; labels
-    that start with "paper" are timed by `lewm.kernels.times`, all their launches together.
-    """
-    if module == "sigreg":
-        return sigreg_examples()
+    """What is launched in practice, by a module of `lewm.kernels`: labels, and calls of host functions on `meta`."""
     return importlib.import_module(f"lewm.kernels.{module}").examples()
 
 

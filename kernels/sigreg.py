@@ -5,6 +5,8 @@ nothing does. The derivation is in README.md beside this file; `lewm.losses` hol
 chooses between the two.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -321,3 +323,29 @@ def _backward(ctx, statistic_grad, ecf_grad):
 
 
 sigreg_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def examples() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What `lewm.kernels.code` compiles: the paper's size in the types that training gives it, and the smallest."""
+
+    def forward(T, B, D, P, knots=17, dtype=torch.float32, precision="ieee", keyed=False):
+        z = torch.empty(T, B, D, dtype=dtype, device="meta")
+        u = torch.empty((), dtype=torch.int64, device="meta") if keyed else torch.empty(D, P, device="meta")
+        return lambda: sigreg_forward._init_fn(z, u, knots, precision, 0, P if keyed else 0)
+
+    def backward(T, B, D, P, knots=17, dtype=torch.float32, precision="ieee", keyed=False, of_ecf=False):
+        z = torch.empty(T, B, D, dtype=dtype, device="meta")
+        u = torch.empty((), dtype=torch.int64, device="meta") if keyed else torch.empty(D, P, device="meta")
+        ecf, grad = torch.empty(T, 2, knots - 1, P, device="meta"), torch.empty(T, P, device="meta")
+        grads = (None, ecf) if of_ecf else (grad, None)
+        return lambda: sigreg_backward._init_fn(z, u, ecf, *grads, knots, precision)
+
+    paper = 4, 128, 192, 1024
+    for run in (forward, backward):
+        yield "paper", run(*paper)
+        yield "paper, from a key", run(*paper, keyed=True)
+        yield "paper, bfloat16 input", run(*paper, dtype=torch.bfloat16)
+        yield "paper, tf32", run(*paper, precision="tf32")
+        yield "ones", run(1, 1, 1, 1, knots=2)
+        yield "ones, from a key", run(1, 1, 1, 1, knots=2, keyed=True)
+    yield "paper, gradient of the characteristic function", backward(*paper, of_ecf=True)

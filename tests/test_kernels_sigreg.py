@@ -1,8 +1,6 @@
 """The Triton SIGReg kernels: on a GPU where there is one, else in Triton's interpreter (see conftest.py)."""
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -264,65 +262,3 @@ def test_large_shapes_on_a_gpu(shape, naive_sigreg):
     want, want_grad = gradient(lambda z: sigreg(z, u, backend="triton"), z)
     assert torch.equal(value, want)
     assert torch.equal(grad, want_grad)
-
-
-# Runs in a process of its own, where the kernels are not in the interpreter. Argument: compute capability. Prints, for
-# each kernel, how often an instruction stands in its machine code.
-COMPILE = r"""
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import lewm.kernels.sigreg as sigreg
-
-def machine_code(kernel, tiles, z="fp32", ones=()):
-    tiles = dict(tiles)
-    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants = tiles | {"z_stride_d": 1, "u_stride_p": 1} | dict.fromkeys(ones, 1)
-    types = {"z_ptr": "*" + z, "u_ptr": "*i64" if tiles["KEYED"] else "*fp32", "seed": "i64"}
-    names = [p.name for p in kernel.params]
-    of = lambda n: types.get(n, "*fp32" if n.endswith("_ptr") else "i32")
-    signature = {n: "constexpr" if n in constants else of(n) for n in names}
-    constants = {(names.index(n),): v for n, v in constants.items() if n in names}
-    aligned = [i for i, n in enumerate(names) if n.endswith("_ptr")]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    cubin = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["cubin"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        text = subprocess.run([tool, file.name], capture_output=True, text=True, check=True).stdout
-    return {op: len(re.findall(rf"\b{op}\b", text)) for op in ("FFMA", "LDL", "STL", "DFMA", "DADD", "DMUL")}
-
-counts = {}
-for keyed in (False, True):
-    forward = sigreg.forward_tiles(128, 17, "ieee", keyed)
-    backward = sigreg.backward_tiles(128, 192, 17, "ieee", keyed)
-    of_statistic = {"HAS_STATISTIC_GRAD": True, "HAS_ECF_GRAD": False}
-    of_ecf = {"HAS_STATISTIC_GRAD": False, "HAS_ECF_GRAD": True}
-    fwd, bwd, key = sigreg._sigreg_fwd_kernel, sigreg._sigreg_bwd_kernel, " of a key" if keyed else ""
-    counts |= {
-        "forward" + key: machine_code(fwd, forward),
-        "forward of bfloat16" + key: machine_code(fwd, forward, z="bf16"),
-        "backward" + key: machine_code(bwd, backward | of_statistic),
-        "backward of the characteristic function" + key: machine_code(bwd, backward | of_ecf),
-    }
-counts["forward of ones"] = machine_code(fwd, sigreg.forward_tiles(1, 2, "ieee"), ones="BDP")
-counts["backward of ones"] = machine_code(bwd, sigreg.backward_tiles(1, 1, 2, "ieee") | of_statistic, ones="TBDP")
-print(json.dumps(counts))
-"""
-
-
-@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100, 120))])
-def test_machine_code_keeps_everything_in_registers(capability):
-    import triton
-
-    if not (Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists():
-        pytest.skip("this Triton does not ship nvdisasm")
-    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(capability)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for kernel, counts in json.loads(done.stdout).items():
-        assert counts.pop("FFMA") > 0, kernel
-        assert not any(counts.values()), (kernel, counts)  # no spill, no local memory, nothing in float64
