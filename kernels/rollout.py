@@ -221,8 +221,9 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
     TILES: tl.constexpr = N // C
     LOOKS: tl.constexpr = ASKS if ASKS > 1 else 1  # position 0 sees only itself
     SHARE: tl.constexpr = HEADS // SPLITS
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    live = rows < R
+    first = tl.program_id(0).to(tl.int64) * ROWS  # in scalar registers, unlike the rows within a program
+    rows = tl.arange(0, ROWS)
+    live = rows < R - tl.program_id(0) * ROWS
     split = tl.program_id(1)
     inputs = tl.arange(0, C)
     within = tl.arange(0, HEAD)
@@ -230,14 +231,15 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
     # The operand goes through memory: kept in registers through the loop over heads, it would leave too few for the
     # rest. All splits of the same candidates write the same numbers.
     for p in tl.static_range(FROM, WINDOW):
-        at = p * R + rows
-        plain = _load_rows(x_ptr, at, N, live, N, C)
+        at = p * R + first
+        plain = _load_rows(x_ptr + at * N, rows, N, live, N, C)
         x = ()
         for c in tl.static_range(TILES):
             x = x + (plain[c] + tl.load(position_ptr + p * N + c * C + inputs)[None, :],)
-        operand = _modulated(x, modulation_ptr, modulation_stride, at, live, TYPE, N, C)
+        operand = _modulated(x, modulation_ptr + at * modulation_stride, modulation_stride, rows, live, TYPE, N, C)
         for c in tl.static_range(TILES):
-            tl.store(operand_ptr + at[:, None] * N + (c * C + inputs)[None, :], operand[c], mask=live[:, None])
+            to = operand_ptr + at * N + rows[:, None] * N + (c * C + inputs)[None, :]
+            tl.store(to, operand[c], mask=live[:, None])
     tl.debug_barrier()
 
     total = _zeros((WINDOW - LOOKS) * TILES, ROWS, C)
@@ -257,8 +259,8 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
                     matrices = matrices + (tl.load(map_ptr + (k * C + inputs)[:, None] * HEAD + within[None, :]),)
                 new = ()
                 for p in tl.static_range(FROM, WINDOW):
-                    a = tl.load(operand_ptr + (p * R + rows)[:, None] * N + (k * C + inputs)[None, :],
-                                mask=live[:, None], other=0.0)  # fmt: skip
+                    a_ptr = operand_ptr + (p * R + first) * N + k * C
+                    a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
                     for part in tl.static_range(3):
                         total_of = maps[3 * (p - FROM) + part]
                         if part > 0 or p >= LOOKS:
@@ -268,16 +270,17 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
             keys = ()
             values = ()
             for p in tl.static_range(WINDOW):
-                kept = (p * R + rows)[:, None] * (HEADS * HEAD) + head * HEAD + within[None, :]
+                tile = (p * R + first) * (HEADS * HEAD) + head * HEAD
+                kept = rows[:, None] * (HEADS * HEAD) + within[None, :]
                 if p < FROM:
-                    key = tl.load(key_ptr + kept, mask=live[:, None], other=0.0)
-                    value = tl.load(value_ptr + kept, mask=live[:, None], other=0.0)
+                    key = tl.load(key_ptr + tile + kept, mask=live[:, None], other=0.0)
+                    value = tl.load(value_ptr + tile + kept, mask=live[:, None], other=0.0)
                 else:
                     key = maps[3 * (p - FROM) + 1].to(TYPE)
                     value = maps[3 * (p - FROM) + 2].to(TYPE)
                     if KEEP:
-                        tl.store(key_ptr + kept, key, mask=live[:, None])
-                        tl.store(value_ptr + kept, value, mask=live[:, None])
+                        tl.store(key_ptr + tile + kept, key, mask=live[:, None])
+                        tl.store(value_ptr + tile + kept, value, mask=live[:, None])
                 keys = keys + (key,)
                 values = values + (value,)
             if WINDOW > LOOKS:
@@ -313,37 +316,36 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
             if mine:
                 value = tl.zeros((ROWS, C), tl.float32) + tl.load(alone_bias_ptr + columns)[None, :]
                 for i in tl.range(0, TILES, num_stages=STAGES):
-                    a = tl.load(operand_ptr + rows[:, None] * N + (i * C + inputs)[None, :], mask=live[:, None],
-                                other=0.0)  # fmt: skip
+                    a_ptr = operand_ptr + first * N + i * C
+                    a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
                     matrix = tl.load(alone_ptr + (i * C + inputs)[:, None] * N + columns[None, :])
                     value = _dot(a, matrix, value, PRECISION)
-                _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, 0, rows, live, columns, modulation_stride, value,
-                        True, N, 1)  # fmt: skip
+                _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first, 0, rows, live, columns, modulation_stride,
+                        value, True, N, 1)  # fmt: skip
         for p in tl.static_range(LOOKS, WINDOW):
             value = total[c * (WINDOW - LOOKS) + p - LOOKS]
             if mine:
                 value += tl.load(out_bias_ptr + columns)[None, :]
-            _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, p, rows, live, columns, modulation_stride, value,
-                    mine, N, SPLITS)  # fmt: skip
+            _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, p * R + first, p, rows, live, columns, modulation_stride,
+                    value, mine, N, SPLITS)  # fmt: skip
         if CLEAR:
             if mine:
                 for p in tl.static_range(ASKS, WINDOW):
-                    tl.store(zero_ptr + (p * R + rows)[:, None] * N + columns[None, :], tl.zeros((ROWS, C), tl.float32),
-                             mask=live[:, None])  # fmt: skip
+                    to = zero_ptr + (p * R + first) * N + rows[:, None] * N + columns[None, :]
+                    tl.store(to, tl.zeros((ROWS, C), tl.float32), mask=live[:, None])
 
 
 @triton.jit
-def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, p, rows, live, columns, modulation_stride, value, mine,
+def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, at, p, rows, live, columns, modulation_stride, value, mine,
             N: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Adds gate value, and x for one of the splits, to one tile of y at position p."""
-    at = p * R + rows
-    gate = tl.load(modulation_ptr + 2 * N + at[:, None] * modulation_stride + columns[None, :], mask=live[:, None],
-                   other=0.0).to(tl.float32)  # fmt: skip
-    value = gate * value
+    """Adds gate value, and x for one of the splits, to one tile of y at position p; its first row is `at`."""
+    gate_ptr = modulation_ptr + at * modulation_stride + 2 * N
+    gate = tl.load(gate_ptr + rows[:, None] * modulation_stride + columns[None, :], mask=live[:, None], other=0.0)
+    value = gate.to(tl.float32) * value
     if mine:
-        value += tl.load(x_ptr + at[:, None] * N + columns[None, :], mask=live[:, None], other=0.0)
+        value += tl.load(x_ptr + at * N + rows[:, None] * N + columns[None, :], mask=live[:, None], other=0.0)
         value += tl.load(position_ptr + p * N + columns)[None, :]
-    _add_rows(y_ptr, at, live, columns, N, value, SPLITS)
+    _add_rows(y_ptr + at * N, rows, live, columns, N, value, SPLITS)
 
 
 @triton.jit
@@ -357,9 +359,12 @@ def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_
     A program has some rows and, of SPLITS, one share of the hidden units. It clears zero, STRIPS times as long as x.
     """
     TYPE: tl.constexpr = up_ptr.dtype.element_ty
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    live = rows < M
+    at = tl.program_id(0).to(tl.int64) * ROWS
+    rows = tl.arange(0, ROWS)
+    live = rows < M - tl.program_id(0) * ROWS
     split = tl.program_id(1)
+    x_ptr += at * N
+    modulation_ptr += at * modulation_stride
     x = _load_rows(x_ptr, rows, N, live, N, C)
     if LAYER:
         a = _modulated(x, modulation_ptr, modulation_stride, rows, live, TYPE, N, C)
@@ -395,14 +400,14 @@ def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_
             value = gate * value
             if mine:
                 value += tl.load(x_ptr + rows[:, None] * N + columns[None, :], mask=live[:, None], other=0.0)
-        _add_rows(y_ptr, rows, live, columns, OUTPUTS, value, SPLITS)
+        _add_rows(y_ptr + at * OUTPUTS, rows, live, columns, OUTPUTS, value, SPLITS)
     if STRIPS > 0:
         for c in tl.static_range(N // C):
             if split == c % SPLITS:
                 columns = c * C + tl.arange(0, C)
                 for p in tl.static_range(STRIPS):
-                    tl.store(zero_ptr + (p * M + rows)[:, None] * N + columns[None, :], tl.zeros((ROWS, C), tl.float32),
-                             mask=live[:, None])  # fmt: skip
+                    to = zero_ptr + (p * M + at) * N + rows[:, None] * N + columns[None, :]
+                    tl.store(to, tl.zeros((ROWS, C), tl.float32), mask=live[:, None])
 
 
 @triton.jit
