@@ -206,8 +206,8 @@ def _linear_kernel(x_ptr, matrix_ptr, bias_ptr, out_ptr, M, OUTPUTS, N: tl.const
 
 @triton.jit
 def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr, out_ptr, out_bias_ptr, alone_ptr,
-                      alone_bias_ptr, key_ptr, value_ptr, operand_ptr, y_ptr, zero_ptr, R, modulation_stride,
-                      N: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr,
+                      alone_bias_ptr, key_ptr, value_ptr, operand_ptr, y_ptr, zero_ptr, R,
+                      modulation_stride: tl.constexpr, N: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr,
                       FROM: tl.constexpr, ASKS: tl.constexpr, KEEP: tl.constexpr, CLEAR: tl.constexpr,
                       SPLITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
                       PRECISION: tl.constexpr):  # fmt: skip
@@ -255,8 +255,8 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
             for k in tl.range(0, TILES, num_stages=STAGES):
                 matrices = ()
                 for part in tl.static_range(3):
-                    map_ptr = qkv_ptr + (part * HEADS + head) * N * HEAD
-                    matrices = matrices + (tl.load(map_ptr + (k * C + inputs)[:, None] * HEAD + within[None, :]),)
+                    map_ptr = qkv_ptr + (part * HEADS + head) * (N * HEAD) + k * (C * HEAD)
+                    matrices = matrices + (tl.load(map_ptr + inputs[:, None] * HEAD + within[None, :]),)
                 new = ()
                 for p in tl.static_range(FROM, WINDOW):
                     a_ptr = operand_ptr + (p * R + first) * N + k * C
@@ -303,22 +303,24 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
                     seen = seen + ((mixed / weights[:, None]).to(TYPE),)
                 more = ()
                 for c in tl.static_range(TILES):
-                    out_at = (head * HEAD + within)[:, None] * N + (c * C + inputs)[None, :]
-                    out_matrix = tl.load(out_ptr + out_at)
+                    tile_ptr = out_ptr + head * (HEAD * N) + c * C
+                    out_matrix = tl.load(tile_ptr + within[:, None] * N + inputs[None, :])
                     for p in tl.static_range(LOOKS, WINDOW):
                         more = more + (_dot(seen[p - LOOKS], out_matrix, total[len(more)], PRECISION),)
                 total = more
 
     for c in tl.static_range(TILES):
         columns = c * C + tl.arange(0, C)
-        mine = split == c % SPLITS  # what is not shared by heads is shared by columns
+        # What is not shared by heads is shared by columns.
+        mine = split == c % SPLITS if SPLITS > 1 else True
         if ASKS == 0:
             if mine:
                 value = tl.zeros((ROWS, C), tl.float32) + tl.load(alone_bias_ptr + columns)[None, :]
                 for i in tl.range(0, TILES, num_stages=STAGES):
                     a_ptr = operand_ptr + first * N + i * C
                     a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
-                    matrix = tl.load(alone_ptr + (i * C + inputs)[:, None] * N + columns[None, :])
+                    matrix_ptr = alone_ptr + i * (C * N) + c * C
+                    matrix = tl.load(matrix_ptr + inputs[:, None] * N + inputs[None, :])
                     value = _dot(a, matrix, value, PRECISION)
                 _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first, 0, rows, live, columns, modulation_stride,
                         value, True, N, 1)  # fmt: skip
@@ -350,7 +352,7 @@ def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, at, p, rows, live, colum
 
 @triton.jit
 def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, y_ptr, zero_ptr, M,
-                modulation_stride, N: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
+                modulation_stride: tl.constexpr, N: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
                 OUTPUTS: tl.constexpr, C_OUT: tl.constexpr, LAYER: tl.constexpr, STRIPS: tl.constexpr,
                 SPLITS: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
@@ -391,7 +393,7 @@ def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_
     for c in tl.static_range(OUTPUTS // C_OUT):
         columns = c * C_OUT + tl.arange(0, C_OUT)
         value = total[c]
-        mine = split == c % SPLITS
+        mine = split == c % SPLITS if SPLITS > 1 else True
         if mine:
             value += tl.load(down_bias_ptr + columns)[None, :]
         if LAYER:
