@@ -107,10 +107,13 @@ def test_products():
     assert code.products("%a = tt.load %b : tensor<16x!tt.ptr<f32>>") == []
 
 
-def row(products=("bf16",), loop_local=0, target="sm_90", occupancy=1, **counts):
+def row(products=("bf16",), loop_local=0, outer_local=0, target="sm_90", occupancy=1, double=False, **counts):
     counts = dict.fromkeys(code.COUNTED, 0) | {"tensor": 8} | counts
-    loops = [dict.fromkeys(code.COUNTED, 0) | {"local": loop_local}]
-    return {"target": target, "products": list(products), "counts": counts, "loops": loops, "occupancy": occupancy}
+    loops = [
+        dict.fromkeys(code.COUNTED, 0) | {"local": n, "within": i} for n, i in ((outer_local, None), (loop_local, 0))
+    ]
+    return {"target": target, "products": list(products), "counts": counts, "loops": loops, "occupancy": occupancy,
+            "double": double}  # fmt: skip
 
 
 def test_faults():
@@ -123,10 +126,13 @@ def test_faults():
     assert code.faults(row(**exact, local=1)) == []
     assert code.faults(row(["f32 tf32x3"], local=1)) == []
     assert code.faults(row(**exact, local=1, loop_local=1)) == ["local memory in a loop"]
+    assert code.faults(row(**exact, local=1, outer_local=1)) == []
+    assert code.faults(row(local=1, outer_local=1)) == ["local memory in a loop"]
     assert code.faults(row(tensor=0)) == ["bf16 products without tensor cores"]
     assert code.faults(row(["f32 tf32"], tensor=0)) == ["f32 tf32 products without tensor cores"]
     assert code.faults(row(["f32 ieee"])) == ["exact float32 products on tensor cores"]
     assert code.faults(row(fp64=1)) == ["float64"]
+    assert code.faults(row(fp64=1, double=True)) == []
     assert code.faults(row(occupancy=0)) == ["does not fit on a multiprocessor"]
     assert code.faults(row(tensor=0, local=9, target="gfx942")) == []
 
