@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import json
 import multiprocessing
@@ -74,9 +75,10 @@ def kernels(module: str) -> list[str]:
     return re.findall(r"^@triton\.jit\b.*\ndef (\w+_kernel)\(", text, re.MULTILINE)
 
 
-def examples(module: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+def examples(module: str, target: str = "sm_90") -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is launched in practice, by a module of `lewm.kernels`: labels, and calls of host functions on `meta`."""
-    return importlib.import_module(f"lewm.kernels.{module}").examples()
+    capability = int(target[3:]) if target.startswith("sm") else 0
+    return importlib.import_module(f"lewm.kernels.{module}").examples(capability)
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def examine(launch: Launch, target: str) -> dict[str, Any]:
         "warps": compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
         "products": products(compiled.asm["ttir"]),
-        "double": "!tt.ptr<f64>" in compiled.asm["ttir"],
+        "double": any(str(getattr(value, "dtype", "")) == "torch.float64" for value in launch.args),
     }
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
@@ -305,16 +307,18 @@ def examine(launch: Launch, target: str) -> dict[str, Any]:
 def faults(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row: nothing for gfx942, which other tools read.
 
-    Exact float32 may use local memory: it is there to compare with, not to be fast.
+    Exact float32 may keep a register in local memory outside of its innermost loops, and a kernel that is given float64
+    tensors calculates in float64.
     """
     if row["target"].startswith("gfx"):
         return []
     wrong = []
-    if not row["products"] or not EXACT.issuperset(row["products"]):
-        if any(loop["local"] for loop in row["loops"]):
-            wrong.append("local memory in a loop")
-        elif row["counts"]["local"]:
-            wrong.append("local memory")
+    exact = EXACT.issuperset(row["products"] or ["none"])
+    around = {loop["within"] for loop in row["loops"]} if exact else set()
+    if any(loop["local"] for index, loop in enumerate(row["loops"]) if index not in around):
+        wrong.append("local memory in a loop")
+    elif row["counts"]["local"] and not exact:
+        wrong.append("local memory")
     if row["counts"]["fp64"] and not row["double"]:
         wrong.append("float64")
     if set(row["products"]) - {"f32 ieee"} and not row["counts"]["tensor"]:
@@ -326,37 +330,53 @@ def faults(row: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def rows(module: str, target: str, kernel: str = "", dump: str | None = None) -> list[dict[str, Any]]:
-    """One row for each form in which the kernels of a module are launched. Must not run under TRITON_INTERPRET=1."""
-    forms: dict[tuple[str, str], dict[str, tuple[Launch, str]]] = {}
+@functools.cache
+def forms(module: str, target: str, kernel: str = "") -> list[tuple[str, str, Launch]]:
+    """Every form in which the kernels of a module are launched on a target: kernel, label and one such launch.
+
+    Launches have the same form if Triton compiles them to the same code: types, constants, and what it asks of
+    pointers and integers (a multiple of 16, 1). A form belongs to the first example that has it.
+    """
     seen = set()
-    for example, function in examples(module):
+    groups: dict[tuple[str, str], list[Launch]] = {}
+    for example, function in examples(module, target):
         for launch in record(function):
-            if launch.kernel.__name__ in kernels(module) and kernel in launch.kernel.__name__:
-                try:
-                    form, error = build(launch, target).hash, ""
-                except Exception as failure:  # whatever the compiler raises is a finding about this kernel
-                    form = error = f"{launch.kernel.__name__} does not compile: {type(failure).__name__}: {failure}"
-                if form not in seen:
-                    seen.add(form)
-                    forms.setdefault((launch.kernel.__name__, example), {})[form] = launch, error
-    result = []
-    for (name, example), launches in forms.items():
-        every = [launch.constants for launch, _ in launches.values()]
-        differing = [name for name in every[0] if len({str(constants.get(name)) for constants in every}) > 1]
-        for constants, (launch, error) in zip(every, launches.values(), strict=True):
-            form = ", ".join([example, *(f"{name} {constants.get(name)}" for name in differing)])
-            row = {"module": module, "kernel": name, "form": form, "target": target}
-            if error:
-                result.append(row | {"faults": [" ".join(error.split())[:200].replace("|", "/")]})
-                continue
-            row |= examine(launch, target)
-            result.append(row | {"faults": faults(row)})
-            if dump:
-                asm = build(launch, target).asm
-                print(f"// {name} ({form}), {target}")
-                print(asm.get("amdgcn") or (asm["ptx"] if dump == "ptx" else disassemble(asm["cubin"])))
-    return result
+            name = launch.kernel.__name__
+            form = name, str([_specialised(value) for value in launch.args]), str(launch.options)
+            if kernel in name and form not in seen:
+                seen.add(form)
+                groups.setdefault((name, example), []).append(launch)
+    found = []
+    for (name, example), launches in groups.items():
+        every = [launch.constants for launch in launches]
+        differing = [key for key in every[0] if len({str(constants.get(key)) for constants in every}) > 1]
+        for constants, launch in zip(every, launches, strict=True):
+            label = ", ".join([example, *(f"{key} {constants.get(key)}" for key in differing)])
+            found.append((name, label, launch))
+    return found
+
+
+def _specialised(value: Any) -> tuple[Any, ...]:
+    """What Triton compiles anew for."""
+    if hasattr(value, "data_ptr"):
+        return str(value.dtype), value.data_ptr() % 16 == 0
+    return (value == 1, value % 16 == 0, value < 2**31) if type(value) is int else (value,)
+
+
+def row(module: str, target: str, kernel: str, index: int, dump: str | None = None) -> dict[str, Any]:
+    """The row of one of `forms`, with its faults. Must not run under TRITON_INTERPRET=1."""
+    name, label, launch = forms(module, target, kernel)[index]
+    found = {"module": module, "kernel": name, "form": label, "target": target}
+    try:
+        found |= examine(launch, target)
+    except Exception as failure:  # whatever the compiler raises is a finding about this kernel
+        error = f"{name} does not compile: {type(failure).__name__}: {failure}"
+        return found | {"faults": [" ".join(error.split())[:200].replace("|", "/")]}
+    if dump:
+        asm = build(launch, target).asm
+        print(f"// {name} ({label}), {target}")
+        print(asm.get("amdgcn") or (asm["ptx"] if dump == "ptx" else disassemble(asm["cubin"])))
+    return found | {"faults": faults(found)}
 
 
 def versions() -> str:
@@ -374,11 +394,17 @@ def versions() -> str:
 
 def survey(targets: tuple[str, ...] = TARGETS, kernel: str = "", dump: str | None = None) -> list[dict[str, Any]]:
     """Rows of all modules on all targets."""
-    jobs = [(module, target) for module in modules() for target in targets]
-    if dump:
-        return [row for job in jobs for row in rows(*job, kernel, dump)]
     with compilers() as pool:
-        return [row for result in [pool.submit(rows, *job, kernel) for job in jobs] for row in result.result()]
+        groups = [(module, target, kernel) for module in modules() for target in targets]
+        counts = [pool.submit(_count, *group) for group in groups]
+        jobs = [(*group, i) for group, count in zip(groups, counts, strict=True) for i in range(count.result())]
+        if dump:
+            return [row(*job, dump) for job in jobs]
+        return [future.result() for future in [pool.submit(row, *job) for job in jobs]]
+
+
+def _count(module: str, target: str, kernel: str) -> int:
+    return len(forms(module, target, kernel))
 
 
 @contextlib.contextmanager
@@ -422,9 +448,9 @@ program, not executed ones.
 - products: types that the kernel's matrix products multiply; tensor: tensor-core instructions (HMMA, HGMMA, UTC.MMA,
   on gfx942 v_mfma); fp32: additions, products and both at once; global, shared, local: loads and stores; mufu: special
   functions; barrier: waits of a block.
-- A fault: local memory, unless all products are exact float32 ("ieee", "tf32x3"); float64 in a kernel that
-  has no pointer to any; products other than "ieee" without tensor cores, or that on them; a block that does not fit.
-  gfx942 is exempt.
+- A fault: local memory; float64 in a kernel that is given no float64 tensor; products other than "ieee" without tensor
+  cores, or that on them; a block that does not fit. If all products are exact float32 ("ieee", "tf32x3") only local
+  memory in a loop that has no loop inside it is one. gfx942 is exempt.
 
 """
 

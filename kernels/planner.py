@@ -391,7 +391,7 @@ def _inwards(low: np.ndarray | None, high: np.ndarray | None, width: int) -> tup
     )
 
 
-def examples() -> Iterator[tuple[str, Callable[[], None]]]:
+def examples(_target: int) -> Iterator[tuple[str, Callable[[], None]]]:
     """What `lewm.kernels.code` compiles: the kernels of this module in the paper's plan for one environment."""
     meta, e, s, elites, width, dim = torch.device("meta"), 1, 300, 30, 50, 192
 

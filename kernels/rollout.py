@@ -207,7 +207,7 @@ def _linear_kernel(x_ptr, matrix_ptr, bias_ptr, out_ptr, M, OUTPUTS, N: tl.const
 
 @triton.jit
 def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr, out_ptr, out_bias_ptr, alone_ptr,
-                      alone_bias_ptr, key_ptr, value_ptr, operand_ptr, y_ptr, zero_ptr, R, modulation_stride,
+                      alone_bias_ptr, key_ptr, value_ptr, operand_ptr, y_ptr, zero_ptr, R, STRIDE: tl.constexpr,
                       N: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr,
                       FROM: tl.constexpr, ASKS: tl.constexpr, KEEP: tl.constexpr, CLEAR: tl.constexpr,
                       SPLITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
@@ -222,8 +222,9 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
     TILES: tl.constexpr = N // C
     LOOKS: tl.constexpr = ASKS if ASKS > 1 else 1  # position 0 sees only itself
     SHARE: tl.constexpr = HEADS // SPLITS
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    live = rows < R
+    first = tl.program_id(0).to(tl.int64) * ROWS  # in scalar registers, unlike the rows within a program
+    rows = tl.arange(0, ROWS)
+    live = rows < R - tl.program_id(0) * ROWS
     split = tl.program_id(1)
     inputs = tl.arange(0, C)
     within = tl.arange(0, HEAD)
@@ -231,14 +232,15 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
     # The operand goes through memory: kept in registers through the loop over heads, it would leave too few for the
     # rest. All splits of the same candidates write the same numbers.
     for p in tl.static_range(FROM, WINDOW):
-        at = p * R + rows
-        plain = _load_rows(x_ptr, at, N, live, N, C)
+        at = p * R + first
+        plain = _load_rows(x_ptr + at * N, rows, N, live, N, C)
         x = ()
         for c in tl.static_range(TILES):
             x = x + (plain[c] + tl.load(position_ptr + p * N + c * C + inputs)[None, :],)
-        operand = _modulated(x, modulation_ptr, modulation_stride, at, live, TYPE, N, C)
+        operand = _modulated(x, modulation_ptr + at * STRIDE, STRIDE, rows, live, TYPE, N, C)
         for c in tl.static_range(TILES):
-            tl.store(operand_ptr + at[:, None] * N + (c * C + inputs)[None, :], operand[c], mask=live[:, None])
+            to = operand_ptr + at * N + rows[:, None] * N + (c * C + inputs)[None, :]
+            tl.store(to, operand[c], mask=live[:, None])
     tl.debug_barrier()
 
     total = _zeros((WINDOW - LOOKS) * TILES, ROWS, C)
@@ -254,12 +256,12 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
             for k in tl.range(0, TILES, num_stages=STAGES):
                 matrices = ()
                 for part in tl.static_range(3):
-                    map_ptr = qkv_ptr + (part * HEADS + head) * N * HEAD
-                    matrices = matrices + (tl.load(map_ptr + (k * C + inputs)[:, None] * HEAD + within[None, :]),)
+                    map_ptr = qkv_ptr + (part * HEADS + head) * (N * HEAD) + k * (C * HEAD)
+                    matrices = matrices + (tl.load(map_ptr + inputs[:, None] * HEAD + within[None, :]),)
                 new = ()
                 for p in tl.static_range(FROM, WINDOW):
-                    a = tl.load(operand_ptr + (p * R + rows)[:, None] * N + (k * C + inputs)[None, :],
-                                mask=live[:, None], other=0.0)  # fmt: skip
+                    a_ptr = operand_ptr + (p * R + first) * N + k * C
+                    a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
                     for part in tl.static_range(3):
                         total_of = maps[3 * (p - FROM) + part]
                         if part > 0 or p >= LOOKS:
@@ -269,16 +271,17 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
             keys = ()
             values = ()
             for p in tl.static_range(WINDOW):
-                kept = (p * R + rows)[:, None] * (HEADS * HEAD) + head * HEAD + within[None, :]
+                tile = (p * R + first) * (HEADS * HEAD) + head * HEAD
+                kept = rows[:, None] * (HEADS * HEAD) + within[None, :]
                 if p < FROM:
-                    key = tl.load(key_ptr + kept, mask=live[:, None], other=0.0)
-                    value = tl.load(value_ptr + kept, mask=live[:, None], other=0.0)
+                    key = tl.load(key_ptr + tile + kept, mask=live[:, None], other=0.0)
+                    value = tl.load(value_ptr + tile + kept, mask=live[:, None], other=0.0)
                 else:
                     key = maps[3 * (p - FROM) + 1].to(TYPE)
                     value = maps[3 * (p - FROM) + 2].to(TYPE)
                     if KEEP:
-                        tl.store(key_ptr + kept, key, mask=live[:, None])
-                        tl.store(value_ptr + kept, value, mask=live[:, None])
+                        tl.store(key_ptr + tile + kept, key, mask=live[:, None])
+                        tl.store(value_ptr + tile + kept, value, mask=live[:, None])
                 keys = keys + (key,)
                 values = values + (value,)
             if WINDOW > LOOKS:
@@ -301,55 +304,56 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
                     seen = seen + ((mixed / weights[:, None]).to(TYPE),)
                 more = ()
                 for c in tl.static_range(TILES):
-                    out_at = (head * HEAD + within)[:, None] * N + (c * C + inputs)[None, :]
-                    out_matrix = tl.load(out_ptr + out_at)
+                    tile_ptr = out_ptr + head * (HEAD * N) + c * C
+                    out_matrix = tl.load(tile_ptr + within[:, None] * N + inputs[None, :])
                     for p in tl.static_range(LOOKS, WINDOW):
                         more = more + (_dot(seen[p - LOOKS], out_matrix, total[len(more)], PRECISION),)
                 total = more
 
     for c in tl.static_range(TILES):
         columns = c * C + tl.arange(0, C)
-        mine = split == c % SPLITS  # what is not shared by heads is shared by columns
+        # What is not shared by heads is shared by columns.
+        mine = split == c % SPLITS if SPLITS > 1 else True
         if ASKS == 0:
             if mine:
                 value = tl.zeros((ROWS, C), tl.float32) + tl.load(alone_bias_ptr + columns)[None, :]
                 for i in tl.range(0, TILES, num_stages=STAGES):
-                    a = tl.load(operand_ptr + rows[:, None] * N + (i * C + inputs)[None, :], mask=live[:, None],
-                                other=0.0)  # fmt: skip
-                    matrix = tl.load(alone_ptr + (i * C + inputs)[:, None] * N + columns[None, :])
+                    a_ptr = operand_ptr + first * N + i * C
+                    a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
+                    matrix_ptr = alone_ptr + i * (C * N) + c * C
+                    matrix = tl.load(matrix_ptr + inputs[:, None] * N + inputs[None, :])
                     value = _dot(a, matrix, value, PRECISION)
-                _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, 0, rows, live, columns, modulation_stride, value,
+                _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first, 0, rows, live, columns, STRIDE, value,
                         True, N, 1)  # fmt: skip
         for p in tl.static_range(LOOKS, WINDOW):
             value = total[c * (WINDOW - LOOKS) + p - LOOKS]
             if mine:
                 value += tl.load(out_bias_ptr + columns)[None, :]
-            _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, p, rows, live, columns, modulation_stride, value,
+            _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, p * R + first, p, rows, live, columns, STRIDE, value,
                     mine, N, SPLITS)  # fmt: skip
         if CLEAR:
             if mine:
                 for p in tl.static_range(ASKS, WINDOW):
-                    tl.store(zero_ptr + (p * R + rows)[:, None] * N + columns[None, :], tl.zeros((ROWS, C), tl.float32),
-                             mask=live[:, None])  # fmt: skip
+                    clear_ptr = zero_ptr + (p * R + first) * N + rows[:, None] * N + columns[None, :]
+                    tl.store(clear_ptr, tl.zeros((ROWS, C), tl.float32), mask=live[:, None])
 
 
 @triton.jit
-def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, R, p, rows, live, columns, modulation_stride, value, mine,
+def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, at, p, rows, live, columns, STRIDE, value, mine,
             N: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Adds gate value, and x for one of the splits, to one tile of y at position p."""
-    at = p * R + rows
-    gate = tl.load(modulation_ptr + 2 * N + at[:, None] * modulation_stride + columns[None, :], mask=live[:, None],
-                   other=0.0).to(tl.float32)  # fmt: skip
-    value = gate * value
+    """Adds gate value, and x for one of the splits, to one tile of y at position p; its first row is `at`."""
+    gate_ptr = modulation_ptr + at * STRIDE + 2 * N
+    gate = tl.load(gate_ptr + rows[:, None] * STRIDE + columns[None, :], mask=live[:, None], other=0.0)
+    value = gate.to(tl.float32) * value
     if mine:
-        value += tl.load(x_ptr + at[:, None] * N + columns[None, :], mask=live[:, None], other=0.0)
+        value += tl.load(x_ptr + at * N + rows[:, None] * N + columns[None, :], mask=live[:, None], other=0.0)
         value += tl.load(position_ptr + p * N + columns)[None, :]
-    _add_rows(y_ptr, at, live, columns, N, value, SPLITS)
+    _add_rows(y_ptr + at * N, rows, live, columns, N, value, SPLITS)
 
 
 @triton.jit
 def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, y_ptr, zero_ptr, M,
-                modulation_stride, N: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
+                STRIDE: tl.constexpr, N: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
                 OUTPUTS: tl.constexpr, C_OUT: tl.constexpr, LAYER: tl.constexpr, STRIPS: tl.constexpr,
                 SPLITS: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
@@ -358,12 +362,15 @@ def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_
     A program has some rows and, of SPLITS, one share of the hidden units. It clears zero, STRIPS times as long as x.
     """
     TYPE: tl.constexpr = up_ptr.dtype.element_ty
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    live = rows < M
+    at = tl.program_id(0).to(tl.int64) * ROWS
+    rows = tl.arange(0, ROWS)
+    live = rows < M - tl.program_id(0) * ROWS
     split = tl.program_id(1)
+    x_ptr += at * N
+    modulation_ptr += at * STRIDE
     x = _load_rows(x_ptr, rows, N, live, N, C)
     if LAYER:
-        a = _modulated(x, modulation_ptr, modulation_stride, rows, live, TYPE, N, C)
+        a = _modulated(x, modulation_ptr, STRIDE, rows, live, TYPE, N, C)
     else:
         normed = _normalised(x, N, C, _NORM_EPS)
         a = ()
@@ -387,23 +394,23 @@ def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_
     for c in tl.static_range(OUTPUTS // C_OUT):
         columns = c * C_OUT + tl.arange(0, C_OUT)
         value = total[c]
-        mine = split == c % SPLITS
+        mine = split == c % SPLITS if SPLITS > 1 else True
         if mine:
             value += tl.load(down_bias_ptr + columns)[None, :]
         if LAYER:
-            gate = tl.load(modulation_ptr + 2 * N + rows[:, None] * modulation_stride + columns[None, :],
+            gate = tl.load(modulation_ptr + 2 * N + rows[:, None] * STRIDE + columns[None, :],
                            mask=live[:, None], other=0.0).to(tl.float32)  # fmt: skip
             value = gate * value
             if mine:
                 value += tl.load(x_ptr + rows[:, None] * N + columns[None, :], mask=live[:, None], other=0.0)
-        _add_rows(y_ptr, rows, live, columns, OUTPUTS, value, SPLITS)
+        _add_rows(y_ptr + at * OUTPUTS, rows, live, columns, OUTPUTS, value, SPLITS)
     if STRIPS > 0:
         for c in tl.static_range(N // C):
             if split == c % SPLITS:
                 columns = c * C + tl.arange(0, C)
                 for p in tl.static_range(STRIPS):
-                    tl.store(zero_ptr + (p * M + rows)[:, None] * N + columns[None, :], tl.zeros((ROWS, C), tl.float32),
-                             mask=live[:, None])  # fmt: skip
+                    clear_ptr = zero_ptr + (p * M + at) * N + rows[:, None] * N + columns[None, :]
+                    tl.store(clear_ptr, tl.zeros((ROWS, C), tl.float32), mask=live[:, None])
 
 
 @triton.jit
@@ -583,31 +590,30 @@ class Launch:
         self.kernel[self.grid](*self.arguments, **self.constants)
 
 
-def tiles(config: Any, rows: int, precision: str, processors: int) -> Tiles:
-    """Tiles for so many candidates on a GPU of so many processors (SMs).
+def tiles(config: Any, rows: int, precision: str, processors: int, target: int) -> Tiles:
+    """Tiles for so many candidates on a GPU of so many processors (SMs); its target is 90 for sm_90.
 
-    With few rows the work is cut by heads and hidden units too, until about every processor has a program; float32
-    sums of the parts are then added up in memory (`_add_rows`).
+    With few rows in bfloat16 the work is cut by heads and hidden units too, until about every processor has a program;
+    float32 sums of the parts are then added up in memory (`_add_rows`).
     """
-    exact = precision != "bfloat16"
-    block = 16 if exact else 32
-    chunk = 32 if exact else 64
     wide = rows >= 48 * processors
 
-    def shares(blocks: int, most: int) -> int:
+    def shares(block: int, most: int) -> int:
         share = 1
-        while not exact and not wide and blocks * share < processors and most % (2 * share) == 0:
+        while triton.cdiv(rows, block) * share < processors and most % (2 * share) == 0:
             share *= 2
         return share
 
-    chunk = tile(config.predictor_mlp, chunk)
-    mlp_block = 16 if exact else 128 if wide else 64
-    return Tiles(
-        attention=(block, shares(triton.cdiv(rows, block), config.predictor_heads), 4),
-        mlp=(mlp_block, shares(triton.cdiv(rows, mlp_block), config.predictor_mlp // chunk), 8 if wide else 4),
-        chunk=chunk,
-        stages=2 if exact else 3,
-    )
+    # The largest for which nothing is spilled (code-table.md).
+    if precision != "bfloat16":
+        return Tiles((16, 1, 8), (16, 1, 4), tile(config.predictor_mlp, 32), stages=2, width=32)
+    if wide and target != 90:
+        return Tiles((16, 1, 8), (32, 1, 4), tile(config.predictor_mlp, 32), stages=2)
+    chunk = tile(config.predictor_mlp, 64)
+    if wide:
+        return Tiles((32, 1, 8), (128, 1, 8), chunk, stages=3)
+    heads, hidden = shares(32, config.predictor_heads), shares(64, config.predictor_mlp // chunk)
+    return Tiles((32, heads, 8), (64, hidden, 4), chunk, stages=3)
 
 
 class Rollout:
@@ -626,7 +632,7 @@ class Rollout:
         w, c = weights, weights.config
         self.weights, self.rows, self.frames, self.horizon = w, rows, frames, horizon
         device = w.positions.device
-        self.cut = cut or tiles(c, rows, w.precision, processors(device))
+        self.cut = cut or tiles(c, rows, w.precision, *gpu(device))
         n, kind = c.predictor_dim, w.modulation[0].dtype
         window = min(c.history, frames + horizon - 1)
 
@@ -675,7 +681,8 @@ class Rollout:
         """What the actions of slots `slot ..` do to each layer."""
         w, c, m = self.weights, self.weights.config, count * self.rows
         n, depth, sums = c.predictor_dim, c.predictor_depth, self._x[1]
-        width, rows, columns = 6 * depth * n, 64, tile(6 * depth * n, 64)
+        width = 6 * depth * n
+        rows, columns, warps = 64, tile(width, 64), 4 if w.precision == "bfloat16" else 8
         condition = self._condition[slot * self.rows :]
         constants = {
             "A": c.block_dim,
@@ -689,7 +696,7 @@ class Rollout:
         counts = (self.rows, count, sums.numel() // n)
         arguments = (actions, *w.action, condition, self._tokens[self.frames :], sums, *counts)
         first = self._launch(_condition_kernel, (triton.cdiv(m, 16), 1), arguments, constants)
-        constants = {"WIDTH": columns, "ROWS": rows, "num_warps": 4}
+        constants = {"WIDTH": columns, "ROWS": rows, "num_warps": warps}
         arguments = (condition, *w.modulation, self._modulation[slot], m, width)
         return [first, self._launch(_linear_kernel, (triton.cdiv(m, rows), width // columns), arguments, constants)]
 
@@ -740,7 +747,8 @@ class Rollout:
             "CLEAR": shared,
             "SPLITS": splits,
             "ROWS": rows,
-            "STAGES": self.cut.stages,
+            # With heads one after the other a third stage would take more registers than there are.
+            "STAGES": self.cut.stages if splits == c.predictor_heads else min(self.cut.stages, 2),
             "num_warps": warps,
         }
         weights = (tensor[layer] for tensor in w.attention)
@@ -826,9 +834,12 @@ def captured(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return graph.replay
 
 
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; in the interpreter, those of an H100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def gpu(device: torch.device) -> tuple[int, int]:
+    """Streaming multiprocessors and target (90 for sm_90) of a GPU; in the interpreter, those of an H100."""
+    if device.type != "cuda":
+        return 132, 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_properties(device).multi_processor_count, 10 * major + minor
 
 
 def cost_launch(z: Tensor, goal: Tensor, costs: Tensor) -> Launch:
@@ -839,7 +850,7 @@ def cost_launch(z: Tensor, goal: Tensor, costs: Tensor) -> Launch:
     return Launch(_cost_kernel, (triton.cdiv(rows, 16), 1), arguments, constants | {"enable_fp_fusion": True})
 
 
-def examples() -> Iterator[tuple[str, Callable[[], None]]]:
+def examples(target: int = 90) -> Iterator[tuple[str, Callable[[], None]]]:
     """What `lewm.kernels.code` compiles: rollouts of a plan for one environment and for fifty, 300 candidates each."""
     from lewm.config import configure
     from lewm.network import LeWM
@@ -853,4 +864,5 @@ def examples() -> Iterator[tuple[str, Callable[[], None]]]:
         config, _ = configure(preset, 2, {})
         with torch.device("meta"):
             weights = pack(config, LeWM(config).state_dict(), precision, "meta")
-        yield f"{preset} {precision}, {rows} candidates", Rollout(weights, rows, 1, 5).run
+        cut = tiles(config, rows, precision, 132, target)
+        yield f"{preset} {precision}, {rows} candidates", Rollout(weights, rows, 1, 5, cut=cut).run

@@ -325,7 +325,7 @@ def _backward(ctx, statistic_grad, ecf_grad):
 sigreg_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def examples() -> Iterator[tuple[str, Callable[[], object]]]:
+def examples(_target: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """What `lewm.kernels.code` compiles: the paper's size in the types that training gives it, and the smallest."""
 
     def forward(T, B, D, P, knots=17, dtype=torch.float32, precision="ieee", keyed=False):

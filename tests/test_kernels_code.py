@@ -107,11 +107,13 @@ def test_products():
     assert code.products("%a = tt.load %b : tensor<16x!tt.ptr<f32>>") == []
 
 
-def row(products=("bf16",), loop_local=0, target="sm_90", occupancy=1, **counts):
+def row(products=("bf16",), loop_local=0, outer_local=0, target="sm_90", occupancy=1, double=False, **counts):
     counts = dict.fromkeys(code.COUNTED, 0) | {"tensor": 8} | counts
-    loops = [dict.fromkeys(code.COUNTED, 0) | {"local": loop_local}]
-    found = {"target": target, "products": list(products), "double": False, "occupancy": occupancy}
-    return found | {"counts": counts, "loops": loops}
+    loops = [
+        dict.fromkeys(code.COUNTED, 0) | {"local": n, "within": i} for n, i in ((outer_local, None), (loop_local, 0))
+    ]
+    return {"target": target, "products": list(products), "counts": counts, "loops": loops, "occupancy": occupancy,
+            "double": double}  # fmt: skip
 
 
 def test_faults():
@@ -123,20 +125,21 @@ def test_faults():
     assert code.faults(row([], tensor=0, local=1)) == ["local memory"]
     assert code.faults(row(**exact, local=1)) == []
     assert code.faults(row(["f32 tf32x3"], local=1)) == []
-    assert code.faults(row(**exact, local=1, loop_local=1)) == []
-    assert code.faults(row(local=1, loop_local=1)) == ["local memory in a loop"]
+    assert code.faults(row(**exact, local=1, loop_local=1)) == ["local memory in a loop"]
+    assert code.faults(row(**exact, local=1, outer_local=1)) == []
+    assert code.faults(row(local=1, outer_local=1)) == ["local memory in a loop"]
     assert code.faults(row(tensor=0)) == ["bf16 products without tensor cores"]
     assert code.faults(row(["f32 tf32"], tensor=0)) == ["f32 tf32 products without tensor cores"]
     assert code.faults(row(["f32 ieee"])) == ["exact float32 products on tensor cores"]
     assert code.faults(row(fp64=1)) == ["float64"]
-    assert code.faults(row(fp64=1) | {"double": True}) == []
+    assert code.faults(row(fp64=1, double=True)) == []
     assert code.faults(row(occupancy=0)) == ["does not fit on a multiprocessor"]
     assert code.faults(row(tensor=0, local=9, target="gfx942")) == []
 
 
 def test_every_module_with_kernels_is_surveyed():
-    assert code.modules() == ["planner", "rollout", "sigreg"]
-    assert code.kernels("sigreg") == ["_sigreg_fwd_kernel", "_sigreg_bwd_kernel"]
+    folder = Path(code.__file__).parent
+    assert code.modules() == sorted(path.stem for path in folder.glob("*.py") if "_kernel[" in path.read_text())
 
 
 @compiles
@@ -162,8 +165,7 @@ call = next(call for label, call in code.examples("sigreg") if label == "paper")
 (launch,) = code.record(call)
 assert launch.kernel.__name__ == "_sigreg_fwd_kernel" and launch.grid == (4, 32) and launch.constants["KNOTS"] == 17
 launch.options["maxnreg"] = 64
-row = code.examine(launch, "sm_90")
-print(any(loop["local"] for loop in row["loops"]), code.faults(row), code.faults(row | {"products": ["bf16"]})[0])
+print(code.faults(code.examine(launch, "sm_90")))
 """
 
 
@@ -171,7 +173,7 @@ print(any(loop["local"] for loop in row["loops"]), code.faults(row), code.faults
 def test_too_few_registers_are_found():
     env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", SPILLS], capture_output=True, text=True, env=env)
-    assert done.stdout == "True [] local memory in a loop\n", done.stderr[-2000:]
+    assert done.stdout == "['local memory in a loop']\n", done.stderr[-2000:]
 
 
 @compiles
@@ -233,9 +235,6 @@ def test_executed():
     assert waits == 3 * (times.L2_LATENCY + times.BARRIER)
     ops, _ = times.executed(found, [3, 5], share=0.25)
     assert (ops["LDG.E.128"], ops["MUFU.RCP"]) == (3, 0.75)
-    for region, fetches in ((found["outside"], 6), (rows[0], 3)):  # two turns ahead, then one a turn
-        region["ops"]["LDGSTS.E.BYPASS.128"] = fetches
-    assert times.executed(found, [7, 5])[0]["LDGSTS.E.BYPASS.128"] == 7 * 3
     with pytest.raises(ValueError, match=r"trips must be given for 2 loops of k, got \[3\]"):
         times.executed(found, [3])
 
@@ -259,7 +258,7 @@ def test_bytes_of_an_instruction():
 @compiles
 def test_predictions():
     with code.compilers() as pool:
-        rows = pool.submit(times.predict).result()
+        rows = [row for module in code.modules() for row in pool.submit(times.predict, module).result()]
     text = times.TABLE.read_text()
     if code.versions() in text:
         assert set(times.table(rows)) <= set(text.splitlines()), "write it again: python -m lewm.kernels.times --write"
