@@ -379,6 +379,12 @@ def row(module: str, target: str, kernel: str, index: int, dump: str | None = No
     return found | {"faults": faults(found)}
 
 
+def compiled(module: str, target: str, kernel: str, index: int) -> None:
+    """Leaves one of `forms` in Triton's cache, where a launch finds it."""
+    with contextlib.suppress(Exception):  # the launch will say what is wrong
+        build(forms(module, target, kernel)[index][2], target)
+
+
 def versions() -> str:
     """Triton and the two assemblers that it ships."""
     import triton
@@ -408,12 +414,12 @@ def _count(module: str, target: str, kernel: str) -> int:
 
 
 @contextlib.contextmanager
-def compilers() -> Iterator[concurrent.futures.Executor]:
-    """Two processes in which kernels are compiled, whether this one interprets them or not."""
+def compilers(processes: int = 2) -> Iterator[concurrent.futures.Executor]:
+    """Processes in which kernels are compiled, whether this one interprets them or not."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
     try:
-        with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             yield pool
     finally:
         del os.environ["TRITON_INTERPRET"]

@@ -22,7 +22,7 @@ from lewm.kernels.philox import normals
 from lewm.kernels.rollout import Rollout, Weights, captured, cost_launch, on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _sample_kernel(mean_ptr, std_ptr, low_ptr, high_ptr, key_ptr, step_ptr, candidate_ptr, moved_ptr, S,
                    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """candidate = clamp(mean + std noise, low, high), (E, S, WIDTH); of sample 0 the noise is 0. moved counts clamps.
@@ -52,7 +52,7 @@ def _sample_kernel(mean_ptr, std_ptr, low_ptr, high_ptr, key_ptr, step_ptr, cand
     tl.store(moved_ptr + e * S + sample, moved, mask=sample < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E", "S", "K"])
 def _refit_kernel(cost_ptr, candidate_ptr, moved_ptr, low_ptr, high_ptr, order_ptr, mean_ptr, std_ptr, action_ptr,
                   best_ptr, trace_ptr, clipped_ptr, fault_ptr, step_ptr, E, S, K, floor_ptr,
                   WIDTH: tl.constexpr, PADDED: tl.constexpr, SAMPLES: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
@@ -233,7 +233,8 @@ class CEM:
         self._moved = torch.zeros(e * samples, dtype=torch.int32, device=device)
         self._order = torch.zeros(e * elites, dtype=torch.int32, device=device)
         self._search = Rollout(weights, e * samples, frames, horizon)
-        self._check = Rollout(weights, e, frames, horizon)
+        # Cut alike, it takes the code that the search has compiled.
+        self._check = Rollout(weights, e, frames, horizon, cut=self._search.cut)
         self._costs = torch.zeros(e * samples, dtype=torch.float32, device=device)
         self._cost = torch.zeros(e, dtype=torch.float32, device=device)
         self._lock = threading.Lock()

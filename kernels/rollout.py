@@ -148,9 +148,10 @@ def _add_rows(ptr, rows, live, columns, width, value, SPLITS: tl.constexpr):
 
 
 # ------------------------------------------------------------------------------------------------------- the kernels
+# Numbers of rows are not specialised: one candidate, and any other number, take code that is compiled already.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "H", "sums"])
 def _condition_kernel(action_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, out_ptr, token_ptr, sums_ptr, R, H,
                       sums, A: tl.constexpr, INPUTS: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
                       N: tl.constexpr, C: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
@@ -188,7 +189,7 @@ def _condition_kernel(action_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, 
             tl.store(sums_ptr + more[:, None] * N + columns[None, :], zero, mask=(live & (more < sums))[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_kernel(x_ptr, matrix_ptr, bias_ptr, out_ptr, M, OUTPUTS, N: tl.constexpr, C: tl.constexpr,
                    WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """out = x matrix + bias, x (M, N): the modulation of all layers by every action."""
@@ -205,7 +206,7 @@ def _linear_kernel(x_ptr, matrix_ptr, bias_ptr, out_ptr, M, OUTPUTS, N: tl.const
     tl.store(out_ptr + rows[:, None] * OUTPUTS + columns[None, :], value, mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr, out_ptr, out_bias_ptr, alone_ptr,
                       alone_bias_ptr, key_ptr, value_ptr, operand_ptr, y_ptr, zero_ptr, R, STRIDE: tl.constexpr,
                       N: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr,
@@ -351,7 +352,7 @@ def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, at, p, rows, live, colum
     _add_rows(y_ptr + at * N, rows, live, columns, N, value, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, y_ptr, zero_ptr, M,
                 STRIDE: tl.constexpr, N: tl.constexpr, C: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
                 OUTPUTS: tl.constexpr, C_OUT: tl.constexpr, LAYER: tl.constexpr, STRIPS: tl.constexpr,
@@ -413,7 +414,7 @@ def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_
                     tl.store(clear_ptr, tl.zeros((ROWS, C), tl.float32), mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "S"])
 def _cost_kernel(z_ptr, goal_ptr, cost_ptr, R, S, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """cost[r] = |z[r] - goal[r / S]|^2 (paper, section 3.3)."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
