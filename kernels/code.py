@@ -343,8 +343,8 @@ def examine(launch: Launch, target: str) -> dict[str, Any]:
 def faults(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row: nothing for gfx942, which other tools read.
 
-    Exact float32 may keep a register in local memory outside of its innermost loops, and a kernel that is given float64 tensors
-    calculates in float64.
+    Exact float32 may keep a register in local memory outside of its innermost loops, and a kernel that is given float64
+    tensors calculates in float64.
     """
     if row["target"].startswith("gfx"):
         return []

@@ -242,6 +242,12 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
             tl.store(to, operand[c], mask=live[:, None])
     tl.debug_barrier()
 
+    if ASKS == 0:
+        for c in tl.static_range(TILES):
+            if split == c % SPLITS if SPLITS > 1 else True:
+                _alone(x_ptr, position_ptr, modulation_ptr, alone_ptr, alone_bias_ptr, operand_ptr, y_ptr, first, rows,
+                       live, c * C, STRIDE, N, C, STAGES, PRECISION)  # fmt: skip
+
     total = _zeros((WINDOW - LOOKS) * TILES, ROWS, C)
     if KEEP or WINDOW > LOOKS:
         for g in range(SHARE):
@@ -313,17 +319,6 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
         columns = c * C + tl.arange(0, C)
         # What is not shared by heads is shared by columns.
         mine = split == c % SPLITS if SPLITS > 1 else True
-        if ASKS == 0:
-            if mine:
-                value = tl.zeros((ROWS, C), tl.float32) + tl.load(alone_bias_ptr + columns)[None, :]
-                for i in tl.range(0, TILES, num_stages=STAGES):
-                    a_ptr = operand_ptr + first * N + i * C
-                    a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
-                    matrix_ptr = alone_ptr + i * (C * N) + c * C
-                    matrix = tl.load(matrix_ptr + inputs[:, None] * N + inputs[None, :])
-                    value = _dot(a, matrix, value, PRECISION)
-                _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first, 0, rows, live, columns, STRIDE, value,
-                        True, N, 1)  # fmt: skip
         for p in tl.static_range(LOOKS, WINDOW):
             value = total[c * (WINDOW - LOOKS) + p - LOOKS]
             if mine:
@@ -335,6 +330,22 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
                 for p in tl.static_range(ASKS, WINDOW):
                     clear_ptr = zero_ptr + (p * R + first) * N + rows[:, None] * N + columns[None, :]
                     tl.store(clear_ptr, tl.zeros((ROWS, C), tl.float32), mask=live[:, None])
+
+
+@triton.jit
+def _alone(x_ptr, position_ptr, modulation_ptr, matrix_ptr, bias_ptr, operand_ptr, y_ptr, first, rows, live, column,
+           STRIDE: tl.constexpr, N: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of y at position 0, which sees only itself: there attention is one linear map."""
+    inputs = tl.arange(0, C)
+    columns = column + inputs
+    value = tl.zeros((rows.shape[0], C), tl.float32) + tl.load(bias_ptr + columns)[None, :]
+    for i in tl.range(0, N // C, num_stages=STAGES):
+        a_ptr = operand_ptr + first * N + i * C
+        a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
+        matrix = tl.load(matrix_ptr + i * (C * N) + inputs[:, None] * N + columns[None, :])
+        value = _dot(a, matrix, value, PRECISION)
+    _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first, 0, rows, live, columns, STRIDE, value, True, N, 1)
 
 
 @triton.jit
