@@ -93,7 +93,8 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
 
     Args:
         row: Of `code.examine` for sm_90.
-        trips: Of each loop that does more than wait for memory, by address; a loop of one trip may be gone.
+        trips: Of each loop that does more than wait for memory, by address; one of a single trip may be gone, and so may
+            those of up to four, unrolled.
         share: Of the blocks that execute what a block can jump over.
 
     Raises:
@@ -101,10 +102,12 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
     """
     loops = row["loops"]
     working = [loop for loop in loops if loop["fp32"] + loop["tensor"] + loop["global"] + loop["shared"]]
+    given = trips
+    for gone in (1, 4):
+        if len(trips) != len(working):
+            trips = [count for count in given if count > gone]
     if len(trips) != len(working):
-        trips = [count for count in trips if count != 1]
-    if len(trips) != len(working):
-        raise ValueError(f"trips must be given for {len(working)} loops of {row['kernel']}, got {list(trips)}")
+        raise ValueError(f"trips must be given for {len(working)} loops of {row['kernel']}, got {list(given)}")
     turns = iter(trips)
     own = [next(turns) if any(loop is one for one in working) else 1 for loop in loops]
 
@@ -168,6 +171,7 @@ def work_of(launch: code.Launch, row: dict[str, Any], trips: Sequence[float], sh
     once = float(sum(tensors.values()))
     cold = once > L2_BYTES
     waits += HBM_LATENCY if cold else L2_LATENCY  # the first load, which nothing hides
+    waits += L2_LATENCY * CHAIN.get(row["kernel"], 0)
     return Work(blocks, max(row["occupancy"], 1), dict(cycles), waits, blocks * moved, once if cold else 0.0)
 
 
@@ -203,35 +207,74 @@ def library_layer(rows: int, kind: str, device: Device = H100) -> float:
     return best + microseconds(gelu, device)["total"]
 
 
+# Loads outside of loops that depend on an earlier one: the operand is written and read again, then come the attention's
+# output matrix and gate; the MLP's weights; order, elites and the best of the elites.
+CHAIN = {"_attention_kernel": 3, "_mlp_kernel": 1, "_refit_kernel": 3}
 # Trips of a kernel's loops by address, from its arguments by name; a kernel that is not named has no loops.
 TRIPS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
     "_sigreg_fwd_kernel": lambda a: [-(-a["B"] // a["BLOCK_B"]), -(-a["D"] // a["BLOCK_D"]), a["KNOTS"] - 1],
-    "_attention_kernel": lambda a: [a["HEADS"] // a["SPLITS"]],
+    "_attention_kernel": lambda a: [
+        *[a["N"] // a["C"]] * (a["N"] // a["C"] if a["ASKS"] == 0 else 0),
+        a["HEADS"] // a["SPLITS"],
+        a["N"] // a["C"],
+    ],  # fmt: skip
     "_condition_kernel": lambda a: [a["HIDDEN"] // a["CHUNK"]],
     "_mlp_kernel": lambda a: [a["HIDDEN"] // a["SPLITS"] // a["CHUNK"]],
+    "_refit_kernel": lambda a: [-(-a["S"] // a["CHUNK"]), -(-a["K"] // a["CHUNK"]), -(-a["K"] // a["CHUNK"])],
     "_sigreg_bwd_kernel": lambda a: [-(-a["columns_per_split"] // a["BLOCK_P"]), -(-a["D"] // a["BLOCK_D"])],
 }
 
 
-def predict(module: str) -> list[dict[str, Any]]:
-    """Times of a module's examples whose label starts with "paper", one row for each kind of launch.
+Run = tuple[str, list[tuple[code.Launch, int]]]
 
-    Must not run under TRITON_INTERPRET=1.
-    """
+
+def plan(environments: int, precision: str) -> Run:
+    """All launches of a plan of the paper's size, 300 candidates and 30 iterations for each environment."""
+    import torch
+
+    from lewm.config import configure
+    from lewm.kernels import planner, rollout
+    from lewm.network import LeWM
+
+    config, _ = configure("paper", 2, {})
+    with torch.device("meta"):
+        weights = rollout.pack(config, LeWM(config).state_dict(), precision, "meta")
+    launches = []
+    # The final mean's rollout has a row an environment; a single row would be compiled anew, two take as long.
+    for rows, count in ((300 * environments, 30), (max(environments, 2), 1)):
+        launches += [(launch, count) for launch in code.record(rollout.Rollout(weights, rows, 1, 5).run)]
+    for _, function in planner.examples(environments):
+        launches += [(launch, 30) for launch in code.record(function)]
+    return f"plan of {environments}, {precision}", launches
+
+
+def runs(module: str) -> list[Run]:
+    """What is predicted of a module: its examples of the paper's size, and of the rollout whole plans."""
+    if module == "rollout":
+        return [plan(environments, precision) for environments in (1, 50) for precision in ("bfloat16", "float32")]
+    found = [] if module == "planner" else list(code.examples(module))
+    return [(label, [(x, 1) for x in code.record(call)]) for label, call in found if label.startswith("paper")]
+
+
+def predict(module: str) -> list[dict[str, Any]]:
+    """Times of `runs`, one row for each kind of launch. Must not run under TRITON_INTERPRET=1."""
     result = []
-    for example, function in code.examples(module):
+    examined: dict[tuple[str, ...], dict[str, Any]] = {}
+    for example, run in runs(module):
         launches: dict[str, tuple[str, Work, int]] = {}
-        for launch in code.record(function) if example.startswith("paper") else []:
+        for launch, count in run:
             names = [p.name for p in launch.kernel.params]
             arguments = dict(zip(names, launch.args, strict=False)) | launch.options
             name = launch.kernel.__name__
-            key = f"{name} {launch.grid} {[v for v in arguments.values() if not hasattr(v, 'element_size')]}"
+            key = f"{launch.form} {launch.grid}"
             if key not in launches:
-                row = {"kernel": name, **code.examine(launch, "sm_90")}
+                if launch.form not in examined:
+                    examined[launch.form] = {"kernel": name, **code.examine(launch, "sm_90")}
                 # What one of several splits does, the others jump over.
                 trips, share = TRIPS.get(name, lambda a: [])(arguments), 1 / arguments.get("SPLITS", 1)
-                launches[key] = name, work_of(launch, row, trips, share), 0
-            launches[key] = *launches[key][:2], launches[key][2] + 1
+                label = f"{name} {arguments['WINDOW']}-{arguments['ASKS']}" if "ASKS" in arguments else name
+                launches[key] = label, work_of(launch, examined[launch.form], trips, share), 0
+            launches[key] = *launches[key][:2], launches[key][2] + count
         for name, work, count in launches.values():
             pipe = max(work.cycles, key=lambda p: work.cycles[p])
             row = {"example": example, "kernel": name, "launches": count, "blocks": work.blocks, "waits": work.waits}
@@ -245,7 +288,9 @@ HEADER = """# What the kernels should take
 Written by `python -m lewm.kernels.times --write` with {versions}, from the machine
 code for sm_90. **Nothing here was measured** but the column that says so; `benches.gpu` is what checks it. Work and
 waits are cycles of one block, in the pipe that is busiest; L2 is MB that all blocks read and write there; the last
-columns are microseconds a launch in a CUDA graph, boundary of {boundary} and start of {start} included.
+columns are microseconds a launch in a CUDA graph, boundary of {boundary} and start of {start} included. Of the attention
+kernel the numbers are window and first position asked for. A plan has 300 candidates and 30 iterations for each
+environment, and the final mean's rollout; encoding the observation and copies are not in it.
 
 """
 CALIBRATION = """
