@@ -603,14 +603,14 @@ class Launch:
 def tiles(config: Any, rows: int, precision: str, processors: int, target: int) -> Tiles:
     """Tiles for so many candidates on a GPU of so many processors (SMs); its target is 90 for sm_90.
 
-    With few rows in bfloat16 the work is cut by heads and hidden units too, until about every processor has a program;
-    float32 sums of the parts are then added up in memory (`_add_rows`).
+    With few rows in bfloat16 the work is cut by heads and hidden units too, while every processor has at most one
+    program; float32 sums of the parts are then added up in memory (`_add_rows`).
     """
     wide = rows >= 48 * processors
 
     def shares(block: int, most: int) -> int:
         share = 1
-        while triton.cdiv(rows, block) * share < processors and most % (2 * share) == 0:
+        while 2 * share * triton.cdiv(rows, block) <= processors and most % (2 * share) == 0:
             share *= 2
         return share
 
@@ -685,21 +685,22 @@ class Rollout:
         w, c, m = self.weights, self.weights.config, count * self.rows
         n, depth, sums = c.predictor_dim, c.predictor_depth, self._x[1]
         width = 6 * depth * n
-        rows, columns, warps = 64, tile(width, 64), 4 if w.precision == "bfloat16" else 8
+        columns, rows = (tile(width, 128), 128) if w.precision == "bfloat16" else (tile(width, 64), 64)
         condition = self._condition[slot * self.rows :]
+        block = 64 if w.precision == "bfloat16" and m >= 2**14 else 16
         constants = {
             "A": c.block_dim,
             "INPUTS": padded(c.block_dim),
             "HIDDEN": c.action_hidden,
             "CHUNK": tile(c.action_hidden, 64),
             "STRIPS": strips,
-            "ROWS": 16,
-            "num_warps": 4,
+            "ROWS": block,
+            "num_warps": block // 8 if block > 16 else 4,
         }
         counts = (self.rows, count, sums.numel() // n)
         arguments = (actions, *w.action, condition, self._tokens[self.frames :], sums, *counts)
-        first = self._launch(_condition_kernel, (triton.cdiv(m, 16), 1), arguments, constants)
-        constants = {"WIDTH": columns, "ROWS": rows, "num_warps": warps}
+        first = self._launch(_condition_kernel, (triton.cdiv(m, block), 1), arguments, constants)
+        constants = {"WIDTH": columns, "ROWS": rows, "num_warps": 8}
         arguments = (condition, *w.modulation, self._modulation[slot], m, width)
         return [first, self._launch(_linear_kernel, (triton.cdiv(m, rows), width // columns), arguments, constants)]
 
@@ -779,7 +780,8 @@ class Rollout:
     def _perceptron(self, arguments: tuple[Any, ...], splits: int, constants: dict[str, Any]) -> Launch:
         (hidden, outputs), (rows, _, warps) = arguments[4].shape, self.cut.mlp
         chunk = tile(hidden, self.cut.chunk)
-        splits = math.gcd(splits, hidden // chunk)
+        # Shares are those for one row a candidate; for k positions there are as many more programs.
+        splits = math.gcd(max(1, splits >> (triton.cdiv(arguments[-1], self.rows).bit_length() - 1)), hidden // chunk)
         constants = {
             "HIDDEN": hidden,
             "CHUNK": chunk,

@@ -93,8 +93,7 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
 
     Args:
         row: Of `code.examine` for sm_90.
-        trips: Of each loop that does more than wait for memory, by address; one of a single trip may be gone, and so may
-            those of up to four, unrolled.
+        trips: Of each loop that does more than wait for memory, by address; a loop of one trip may be gone.
         share: Of the blocks that execute what a block can jump over.
 
     Raises:
@@ -102,12 +101,10 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
     """
     loops = row["loops"]
     working = [loop for loop in loops if loop["fp32"] + loop["tensor"] + loop["global"] + loop["shared"]]
-    given = trips
-    for gone in (1, 4):
-        if len(trips) != len(working):
-            trips = [count for count in given if count > gone]
     if len(trips) != len(working):
-        raise ValueError(f"trips must be given for {len(working)} loops of {row['kernel']}, got {list(given)}")
+        trips = [count for count in trips if count != 1]
+    if len(trips) != len(working):
+        raise ValueError(f"trips must be given for {len(working)} loops of {row['kernel']}, got {list(trips)}")
     turns = iter(trips)
     own = [next(turns) if any(loop is one for one in working) else 1 for loop in loops]
 
@@ -172,7 +169,14 @@ def work_of(launch: code.Launch, row: dict[str, Any], trips: Sequence[float], sh
     cold = once > L2_BYTES
     waits += HBM_LATENCY if cold else L2_LATENCY  # the first load, which nothing hides
     waits += L2_LATENCY * CHAIN.get(row["kernel"], 0)
-    return Work(blocks, max(row["occupancy"], 1), dict(cycles), waits, blocks * moved, once if cold else 0.0)
+    return Work(
+        blocks,
+        max(row["occupancy"], 1),
+        dict(cycles),
+        waits,
+        blocks * moved,
+        min(once, blocks * moved) if cold else 0.0,
+    )
 
 
 def library_layer(rows: int, kind: str, device: Device = H100) -> float:
@@ -210,14 +214,19 @@ def library_layer(rows: int, kind: str, device: Device = H100) -> float:
 # Loads outside of loops that depend on an earlier one: the operand is written and read again, then come the attention's
 # output matrix and gate; the MLP's weights; order, elites and the best of the elites.
 CHAIN = {"_attention_kernel": 3, "_mlp_kernel": 1, "_refit_kernel": 3}
+
+
+def _attention_trips(a: dict[str, Any]) -> list[float]:
+    """Position 0's loops, one for each tile of columns, then that over heads and the one inside it."""
+    tiles = a["N"] // a["C"]
+    turns = tiles if tiles > 4 else 1  # the compiler unrolls short loops
+    return [*[turns] * (tiles if a["ASKS"] == 0 else 0), a["HEADS"] // a["SPLITS"], turns]
+
+
 # Trips of a kernel's loops by address, from its arguments by name; a kernel that is not named has no loops.
 TRIPS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
     "_sigreg_fwd_kernel": lambda a: [-(-a["B"] // a["BLOCK_B"]), -(-a["D"] // a["BLOCK_D"]), a["KNOTS"] - 1],
-    "_attention_kernel": lambda a: [
-        *[a["N"] // a["C"]] * (a["N"] // a["C"] if a["ASKS"] == 0 else 0),
-        a["HEADS"] // a["SPLITS"],
-        a["N"] // a["C"],
-    ],  # fmt: skip
+    "_attention_kernel": _attention_trips,
     "_condition_kernel": lambda a: [a["HIDDEN"] // a["CHUNK"]],
     "_mlp_kernel": lambda a: [a["HIDDEN"] // a["SPLITS"] // a["CHUNK"]],
     "_refit_kernel": lambda a: [-(-a["S"] // a["CHUNK"]), -(-a["K"] // a["CHUNK"]), -(-a["K"] // a["CHUNK"])],
@@ -288,9 +297,9 @@ HEADER = """# What the kernels should take
 Written by `python -m lewm.kernels.times --write` with {versions}, from the machine
 code for sm_90. **Nothing here was measured** but the column that says so; `benches.gpu` is what checks it. Work and
 waits are cycles of one block, in the pipe that is busiest; L2 is MB that all blocks read and write there; the last
-columns are microseconds a launch in a CUDA graph, boundary of {boundary} and start of {start} included. Of the attention
-kernel the numbers are window and first position asked for. A plan has 300 candidates and 30 iterations for each
-environment, and the final mean's rollout; encoding the observation and copies are not in it.
+columns are microseconds a launch in a CUDA graph, boundary of {boundary} and start of {start} included. Of the
+attention kernel the numbers are window and first position that is asked for. A plan has 300 candidates and 30 iterations for each
+environment, and the final mean's rollout; encoding the observation, uploads and downloads are not in it.
 
 """
 CALIBRATION = """
