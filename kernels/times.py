@@ -93,7 +93,8 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
 
     Args:
         row: Of `code.examine` for sm_90.
-        trips: Of each loop that does more than wait for memory, by address; a loop of one trip may be gone.
+        trips: Of each loop that does more than wait for memory, by address; those of one trip may be gone, or all of
+            up to four.
         share: Of the blocks that execute what a block can jump over.
 
     Raises:
@@ -101,8 +102,9 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
     """
     loops = row["loops"]
     working = [loop for loop in loops if loop["fp32"] + loop["tensor"] + loop["global"] + loop["shared"]]
-    if len(trips) != len(working):
-        trips = [count for count in trips if count != 1]
+    for unrolled in (1, 4):
+        if len(trips) != len(working):
+            trips = [count for count in trips if count > unrolled]
     if len(trips) != len(working):
         raise ValueError(f"trips must be given for {len(working)} loops of {row['kernel']}, got {list(trips)}")
     turns = iter(trips)
@@ -298,8 +300,9 @@ Written by `python -m lewm.kernels.times --write` with {versions}, from the mach
 code for sm_90. **Nothing here was measured** but the column that says so; `benches.gpu` is what checks it. Work and
 waits are cycles of one block, in the pipe that is busiest; L2 is MB that all blocks read and write there; the last
 columns are microseconds a launch in a CUDA graph, boundary of {boundary} and start of {start} included. Of the
-attention kernel the numbers are window and first position that is asked for. A plan has 300 candidates and 30 iterations for each
-environment, and the final mean's rollout; encoding the observation, uploads and downloads are not in it.
+attention kernel the numbers are window and first position that is asked for. A plan has 300 candidates and 30
+iterations for each environment, and the final mean's rollout; encoding the observation, uploads and downloads are not
+in it.
 
 """
 CALIBRATION = """
