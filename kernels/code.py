@@ -97,6 +97,11 @@ class Launch:
         given = dict(zip(names, self.args, strict=False)) | self.options
         return {p.name: given[p.name] for p in self.kernel.params if p.is_constexpr and p.name in given}
 
+    @property
+    def form(self) -> tuple[str, ...]:
+        """The same for two launches that Triton compiles to the same code."""
+        return self.kernel.__name__, str([_specialised(value) for value in self.args]), str(self.options)
+
 
 def record(function: Callable[[], Any]) -> list[Launch]:
     """The launches that `function` makes, in order; nothing is run."""
@@ -342,7 +347,7 @@ def forms(module: str, target: str, kernel: str = "") -> list[tuple[str, str, La
     for example, function in examples(module, target):
         for launch in record(function):
             name = launch.kernel.__name__
-            form = name, str([_specialised(value) for value in launch.args]), str(launch.options)
+            form = launch.form
             if kernel in name and form not in seen:
                 seen.add(form)
                 groups.setdefault((name, example), []).append(launch)

@@ -392,9 +392,9 @@ def _inwards(low: np.ndarray | None, high: np.ndarray | None, width: int) -> tup
     )
 
 
-def examples(_target: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What `lewm.kernels.code` compiles: the kernels of this module in the paper's plan for one environment."""
-    meta, e, s, elites, width, dim = torch.device("meta"), 1, 300, 30, 50, 192
+def examples(_target: int, e: int = 1) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What `lewm.kernels.code` compiles: the kernels of this module in the paper's plan for e environments."""
+    meta, s, elites, width, dim = torch.device("meta"), 300, 30, 50, 192
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=meta)

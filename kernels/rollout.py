@@ -244,6 +244,12 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
             tl.store(to, operand[c], mask=live[:, None])
     tl.debug_barrier()
 
+    if ASKS == 0:
+        for c in tl.static_range(TILES):
+            if split == c % SPLITS if SPLITS > 1 else True:
+                _alone(x_ptr, position_ptr, modulation_ptr, alone_ptr, alone_bias_ptr, operand_ptr, y_ptr, first, rows,
+                       live, c * C, STRIDE, N, C, STAGES, PRECISION)  # fmt: skip
+
     total = _zeros((WINDOW - LOOKS) * TILES, ROWS, C)
     if KEEP or WINDOW > LOOKS:
         for g in range(SHARE):
@@ -315,17 +321,6 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
         columns = c * C + tl.arange(0, C)
         # What is not shared by heads is shared by columns.
         mine = split == c % SPLITS if SPLITS > 1 else True
-        if ASKS == 0:
-            if mine:
-                value = tl.zeros((ROWS, C), tl.float32) + tl.load(alone_bias_ptr + columns)[None, :]
-                for i in tl.range(0, TILES, num_stages=STAGES):
-                    a_ptr = operand_ptr + first * N + i * C
-                    a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
-                    matrix_ptr = alone_ptr + i * (C * N) + c * C
-                    matrix = tl.load(matrix_ptr + inputs[:, None] * N + inputs[None, :])
-                    value = _dot(a, matrix, value, PRECISION)
-                _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first, 0, rows, live, columns, STRIDE, value,
-                        True, N, 1)  # fmt: skip
         for p in tl.static_range(LOOKS, WINDOW):
             value = total[c * (WINDOW - LOOKS) + p - LOOKS]
             if mine:
@@ -337,6 +332,22 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
                 for p in tl.static_range(ASKS, WINDOW):
                     clear_ptr = zero_ptr + (p * R + first) * N + rows[:, None] * N + columns[None, :]
                     tl.store(clear_ptr, tl.zeros((ROWS, C), tl.float32), mask=live[:, None])
+
+
+@triton.jit
+def _alone(x_ptr, position_ptr, modulation_ptr, matrix_ptr, bias_ptr, operand_ptr, y_ptr, first, rows, live, column,
+           STRIDE: tl.constexpr, N: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of y at position 0, which sees only itself: there attention is one linear map."""
+    inputs = tl.arange(0, C)
+    columns = column + inputs
+    value = tl.zeros((rows.shape[0], C), tl.float32) + tl.load(bias_ptr + columns)[None, :]
+    for i in tl.range(0, N // C, num_stages=STAGES):
+        a_ptr = operand_ptr + first * N + i * C
+        a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
+        matrix = tl.load(matrix_ptr + i * (C * N) + inputs[:, None] * N + columns[None, :])
+        value = _dot(a, matrix, value, PRECISION)
+    _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first, 0, rows, live, columns, STRIDE, value, True, N, 1)
 
 
 @triton.jit
@@ -594,27 +605,26 @@ class Launch:
 def tiles(config: Any, rows: int, precision: str, processors: int, target: int) -> Tiles:
     """Tiles for so many candidates on a GPU of so many processors (SMs); its target is 90 for sm_90.
 
-    With few rows in bfloat16 the work is cut by heads and hidden units too, until about every processor has a program;
-    float32 sums of the parts are then added up in memory (`_add_rows`).
+    With few rows in bfloat16 the work is cut by heads and hidden units too, while every processor has at most one
+    program; float32 sums of the parts are then added up in memory (`_add_rows`).
     """
     wide = rows >= 48 * processors
 
     def shares(block: int, most: int) -> int:
         share = 1
-        while triton.cdiv(rows, block) * share < processors and most % (2 * share) == 0:
+        while 2 * share * triton.cdiv(rows, block) <= processors and most % (2 * share) == 0:
             share *= 2
         return share
 
-    # The largest for which nothing is spilled (code-table.md).
+    # The largest for which nothing is spilled (code-table.md), of those the fastest by time-table.md.
     if precision != "bfloat16":
         return Tiles((16, 1, 8), (16, 1, 4), tile(config.predictor_mlp, 32), stages=2, width=32)
-    if wide and target != 90:
-        return Tiles((16, 1, 8), (32, 1, 4), tile(config.predictor_mlp, 32), stages=2)
-    chunk = tile(config.predictor_mlp, 64)
-    if wide:
-        return Tiles((32, 1, 8), (128, 1, 8), chunk, stages=3)
-    heads, hidden = shares(32, config.predictor_heads), shares(64, config.predictor_mlp // chunk)
-    return Tiles((32, heads, 8), (64, hidden, 4), chunk, stages=3)
+    if wide and target == 90:
+        return Tiles((32, 1, 8), (128, 1, 8), tile(config.predictor_mlp, 64), stages=3)
+    units, chunk, stages = (64, 64, 3) if target == 90 else (32, 32, 2)
+    chunk = tile(config.predictor_mlp, chunk)
+    heads, hidden = shares(16, config.predictor_heads), shares(units, config.predictor_mlp // chunk)
+    return Tiles((16, heads, 8), (units, hidden, 4), chunk, stages)
 
 
 class Rollout:
@@ -683,21 +693,22 @@ class Rollout:
         w, c, m = self.weights, self.weights.config, count * self.rows
         n, depth, sums = c.predictor_dim, c.predictor_depth, self._x[1]
         width = 6 * depth * n
-        rows, columns, warps = 64, tile(width, 64), 4 if w.precision == "bfloat16" else 8
+        columns, rows = (tile(width, 128), 128) if w.precision == "bfloat16" else (tile(width, 64), 64)
         condition = self._condition[slot * self.rows :]
+        block = 64 if w.precision == "bfloat16" and m >= 2**14 else 16
         constants = {
             "A": c.block_dim,
             "INPUTS": padded(c.block_dim),
             "HIDDEN": c.action_hidden,
             "CHUNK": tile(c.action_hidden, 64),
             "STRIPS": strips,
-            "ROWS": 16,
-            "num_warps": 4,
+            "ROWS": block,
+            "num_warps": block // 8 if block > 16 else 4,
         }
         counts = (self.rows, count, sums.numel() // n)
         arguments = (actions, *w.action, condition, self._tokens[self.frames :], sums, *counts)
-        first = self._launch(_condition_kernel, (triton.cdiv(m, 16), 1), arguments, constants)
-        constants = {"WIDTH": columns, "ROWS": rows, "num_warps": warps}
+        first = self._launch(_condition_kernel, (triton.cdiv(m, block), 1), arguments, constants)
+        constants = {"WIDTH": columns, "ROWS": rows, "num_warps": 8}
         arguments = (condition, *w.modulation, self._modulation[slot], m, width)
         return [first, self._launch(_linear_kernel, (triton.cdiv(m, rows), width // columns), arguments, constants)]
 
@@ -777,7 +788,8 @@ class Rollout:
     def _perceptron(self, arguments: tuple[Any, ...], splits: int, constants: dict[str, Any]) -> Launch:
         (hidden, outputs), (rows, _, warps) = arguments[4].shape, self.cut.mlp
         chunk = tile(hidden, self.cut.chunk)
-        splits = math.gcd(splits, hidden // chunk)
+        # Shares are those for one row a candidate; for k positions there are as many more programs.
+        splits = math.gcd(max(1, splits >> (triton.cdiv(arguments[-1], self.rows).bit_length() - 1)), hidden // chunk)
         constants = {
             "HIDDEN": hidden,
             "CHUNK": chunk,

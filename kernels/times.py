@@ -6,9 +6,7 @@ A kernel takes a boundary between launches, a start, and the longest of: its byt
 second-level cache, and its blocks on the busiest multiprocessor. A block works c cycles (the busiest of its pipes) and
 waits l (loads, barriers and tensor-core results that its next step needs); o blocks on a multiprocessor hide each
 other's waits, so one round of them takes max(o c, c + l). Executed instructions are those of the machine code times the
-trips of the loops around them, without bank conflicts, broadcasts, or reuse in the first-level cache. Tensors of a
-launch that together exceed the second-level cache come from memory whole, so a kernel that reads some columns of a
-large matrix is charged too much.
+trips of the loops around them, without bank conflicts, branches not taken, or reuse in the first-level cache.
 """
 
 from __future__ import annotations
@@ -37,12 +35,12 @@ LIBRARY_FP32 = 0.75  # what library products attain of 256 FLOP a cycle and mult
 WARP_MMA = 0.62  # what HMMA attains of HGMMA's rate [a, from published micro-benchmarks]
 L2 = 5.5e6  # bytes a microsecond, all multiprocessors [s]
 L2_BYTES = 50e6  # [v]
-BOUNDARY = 1.25  # microseconds from one kernel of a CUDA graph to the next [s]; on an H100 1.16 were measured
+BOUNDARY = 1.25  # microseconds from one kernel of a CUDA graph to the next [s]; one row measured 1.16
 START = 0.7  # microseconds in which a kernel with matrix products fetches its code, sets up, and drains [f]
-L2_LATENCY, HBM_LATENCY = 270.0, 600.0  # cycles [a]
+L2_LATENCY, HBM_LATENCY = 270.0, 600.0  # cycles [s]
 BARRIER = 30.0  # cycles [a]
 MMA_LATENCY = 60.0  # cycles until a dependent instruction has the result of HGMMA or HMMA [a]
-IN_FLIGHT = 2.0  # tiles on their way in a pipelined loop: num_stages 3, Triton's default [a]
+IN_FLIGHT = 2.0  # tiles on their way in a pipelined loop: num_stages 3, Triton's default
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,9 @@ H100, H200 = Device("H100", 3.35e6), Device("H200", 4.8e6)
 PIPES = {
     "fp32": (r"FFMA|FADD|FMUL", 32 / 128),
     "fp32 imad": (r"IMAD", 32 / 64),
-    "mufu": (r"MUFU|REDUX|F2F", 32 / 16),
+    "mufu": (r"MUFU", 32 / 16),
     "shuffle": (r"SHFL", 32 / 32),
-    # Scalars have a unit of their own; memory, tensor cores and waits are counted elsewhere.
-    "none": (r"U\w+|LDC|LDG|LDGSTS|STG|LDS|STS|LDSM|STSM|[HQ]G?MMA|RED|REDG|ATOMG?|BAR|SYNCS|BRA|EXIT|NOP|HFMA2", 0.0),
+    "none": (r"LDG|LDGSTS|STG|LDS|STS|LDSM|STSM|[HQ]G?MMA|BAR|BRA|RED|REDG|ATOMG?|EXIT|NOP|UTMALDG|SYNCS|HFMA2", 0.0),
 }
 ALU = 32 / 64
 
@@ -96,7 +93,8 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
 
     Args:
         row: Of `code.examine` for sm_90.
-        trips: Of each loop that does more than wait for memory, by address; a loop of one trip may be gone.
+        trips: Of each loop that does more than wait for memory, by address; those of one trip may be gone, or all of
+            up to four.
         share: Of the blocks that execute what a block can jump over.
 
     Raises:
@@ -104,16 +102,13 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
     """
     loops = row["loops"]
     working = [loop for loop in loops if loop["fp32"] + loop["tensor"] + loop["global"] + loop["shared"]]
-    if len(trips) != len(working):
-        trips = [count for count in trips if count != 1]
+    for unrolled in (1, 4):
+        if len(trips) != len(working):
+            trips = [count for count in trips if count > unrolled]
     if len(trips) != len(working):
         raise ValueError(f"trips must be given for {len(working)} loops of {row['kernel']}, got {list(trips)}")
     turns = iter(trips)
     own = [next(turns) if any(loop is one for one in working) else 1 for loop in loops]
-
-    def asynchronous(index: int | None) -> bool:
-        region = row["outside"] if index is None else loops[index]
-        return any(op.startswith("LDGSTS") for op in region["ops"])
 
     def times(index: int | None) -> float:
         return 1.0 if index is None else own[index] * times(loops[index]["within"])
@@ -122,11 +117,7 @@ def executed(row: dict[str, Any], trips: Sequence[float], share: float = 1.0) ->
     waits = 0.0
     for index, region in [(None, row["outside"]), *enumerate(loops)]:
         base: collections.Counter[str] = collections.Counter()
-        # What is fetched ahead of a pipelined loop is for its first turns, and its last fetch nothing.
-        ahead = any(loop["within"] == index and asynchronous(i) for i, loop in enumerate(loops))
         for op, count in region["ops"].items():
-            if ahead and op.startswith("LDGSTS"):
-                continue
             count = times(index) * (count - (1 - share) * region["skipped"].get(op, 0))
             total[op] += count
             base[op.split(".")[0]] += count
@@ -179,7 +170,15 @@ def work_of(launch: code.Launch, row: dict[str, Any], trips: Sequence[float], sh
     once = float(sum(tensors.values()))
     cold = once > L2_BYTES
     waits += HBM_LATENCY if cold else L2_LATENCY  # the first load, which nothing hides
-    return Work(blocks, max(row["occupancy"], 1), dict(cycles), waits, blocks * moved, once if cold else 0.0)
+    waits += L2_LATENCY * CHAIN.get(row["kernel"], 0)
+    return Work(
+        blocks,
+        max(row["occupancy"], 1),
+        dict(cycles),
+        waits,
+        blocks * moved,
+        min(once, blocks * moved) if cold else 0.0,
+    )
 
 
 def library_layer(rows: int, kind: str, device: Device = H100) -> float:
@@ -214,52 +213,81 @@ def library_layer(rows: int, kind: str, device: Device = H100) -> float:
     return best + microseconds(gelu, device)["total"]
 
 
+# Loads outside of loops that depend on an earlier one: the operand is written and read again, then come the attention's
+# output matrix and gate; the MLP's weights; order, elites and the best of the elites.
+CHAIN = {"_attention_kernel": 3, "_mlp_kernel": 1, "_refit_kernel": 3}
+
+
+def _attention_trips(a: dict[str, Any]) -> list[float]:
+    """Position 0's loops, one for each tile of columns, then that over heads and the one inside it."""
+    tiles = a["N"] // a["C"]
+    turns = tiles if tiles > 4 else 1  # the compiler unrolls short loops
+    return [*[turns] * (tiles if a["ASKS"] == 0 else 0), a["HEADS"] // a["SPLITS"], turns]
+
+
 # Trips of a kernel's loops by address, from its arguments by name; a kernel that is not named has no loops.
 TRIPS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
     "_sigreg_fwd_kernel": lambda a: [-(-a["B"] // a["BLOCK_B"]), -(-a["D"] // a["BLOCK_D"]), a["KNOTS"] - 1],
-    "_attention_kernel": lambda a: [a["HEADS"] // a["SPLITS"]],
+    "_attention_kernel": _attention_trips,
     "_condition_kernel": lambda a: [a["HIDDEN"] // a["CHUNK"]],
     "_mlp_kernel": lambda a: [a["HIDDEN"] // a["SPLITS"] // a["CHUNK"]],
-    "_refit_kernel": lambda a: [-(-n // a["CHUNK"]) for n in (a["S"], a["K"], a["K"])],
+    "_refit_kernel": lambda a: [-(-a["S"] // a["CHUNK"]), -(-a["K"] // a["CHUNK"]), -(-a["K"] // a["CHUNK"])],
     "_sigreg_bwd_kernel": lambda a: [-(-a["columns_per_split"] // a["BLOCK_P"]), -(-a["D"] // a["BLOCK_D"])],
 }
 
 
-def predict() -> list[dict[str, Any]]:
-    """Times of the examples whose label starts with "paper", one row for each kind of launch.
+Run = tuple[str, list[tuple[code.Launch, int]]]
 
-    Must not run under TRITON_INTERPRET=1.
-    """
+
+def plan(environments: int, precision: str) -> Run:
+    """All launches of a plan of the paper's size, 300 candidates and 30 iterations for each environment."""
+    import torch
+
+    from lewm.config import configure
+    from lewm.kernels import planner, rollout
+    from lewm.network import LeWM
+
+    config, _ = configure("paper", 2, {})
+    with torch.device("meta"):
+        weights = rollout.pack(config, LeWM(config).state_dict(), precision, "meta")
+    search = rollout.Rollout(weights, 300 * environments, 1, 5)
+    final = rollout.Rollout(weights, environments, 1, 5, cut=search.cut)  # of the final mean
+    launches = [(launch, 30) for launch in code.record(search.run)] + [(launch, 1) for launch in code.record(final.run)]
+    for _, function in planner.examples(90, environments):
+        launches += [(launch, 30) for launch in code.record(function)]
+    return f"plan of {environments}, {precision}", launches
+
+
+def runs(module: str) -> list[Run]:
+    """What is predicted of a module: its examples of the paper's size, and of the rollout whole plans."""
+    if module == "rollout":
+        return [plan(environments, precision) for environments in (1, 50) for precision in ("bfloat16", "float32")]
+    found = [] if module == "planner" else list(code.examples(module))
+    return [(label, [(x, 1) for x in code.record(call)]) for label, call in found if label.startswith("paper")]
+
+
+def predict(module: str) -> list[dict[str, Any]]:
+    """Times of `runs`, one row for each kind of launch. Must not run under TRITON_INTERPRET=1."""
     result = []
-    rows: dict[str, dict[str, Any]] = {}
-    for module, example, function in ((m, *example) for m in code.modules() for example in code.examples(m)):
+    examined: dict[tuple[str, ...], dict[str, Any]] = {}
+    for example, run in runs(module):
         launches: dict[str, tuple[str, Work, int]] = {}
-        for launch in code.record(function) if example.startswith("paper") else []:
+        for launch, count in run:
             names = [p.name for p in launch.kernel.params]
             arguments = dict(zip(names, launch.args, strict=False)) | launch.options
             name = launch.kernel.__name__
-            key = f"{name} {launch.grid} {[v for v in arguments.values() if not hasattr(v, 'element_size')]}"
+            key = f"{launch.form} {launch.grid}"
             if key not in launches:
-                form = code.build(launch, "sm_90").hash
-                if form not in rows:
-                    rows[form] = {"kernel": name, **code.examine(launch, "sm_90")}
-                if "f32 tf32x3" in rows[form]["products"]:
-                    # Triton makes loops of its own there, and nobody needs that mode's time.
-                    launches.clear()
-                    break
+                if launch.form not in examined:
+                    examined[launch.form] = {"kernel": name, **code.examine(launch, "sm_90")}
                 # What one of several splits does, the others jump over.
                 trips, share = TRIPS.get(name, lambda a: [])(arguments), 1 / arguments.get("SPLITS", 1)
-                launches[key] = name, work_of(launch, rows[form], trips, share), 0
-            launches[key] = *launches[key][:2], launches[key][2] + 1
+                label = f"{name} {arguments['WINDOW']}-{arguments['ASKS']}" if "ASKS" in arguments else name
+                launches[key] = label, work_of(launch, examined[launch.form], trips, share), 0
+            launches[key] = *launches[key][:2], launches[key][2] + count
         for name, work, count in launches.values():
             pipe = max(work.cycles, key=lambda p: work.cycles[p])
-            row = {
-                "example": f"{module}: {example}",
-                "kernel": name,
-                "launches": count,
-                "blocks": work.blocks,
-                "waits": work.waits,
-            }
+            row = {"example": example, "kernel": name, "launches": count, "blocks": work.blocks, "waits": work.waits}
             row |= {"pipe": pipe, "cycles": work.cycles[pipe], "l2_mb": work.l2_bytes / 1e6}
             result.append(row | {device.name: microseconds(work, device)["total"] for device in (H100, H200)})
     return result
@@ -270,7 +298,10 @@ HEADER = """# What the kernels should take
 Written by `python -m lewm.kernels.times --write` with {versions}, from the machine
 code for sm_90. **Nothing here was measured** but the column that says so; `benches.gpu` is what checks it. Work and
 waits are cycles of one block, in the pipe that is busiest; L2 is MB that all blocks read and write there; the last
-columns are microseconds a launch in a CUDA graph, boundary of {boundary} and start of {start} included.
+columns are microseconds a launch in a CUDA graph, boundary of {boundary} and start of {start} included. Of the
+attention kernel the numbers are window and first position that is asked for. A plan has 300 candidates and 30
+iterations for each environment, and the final mean's rollout; encoding the observation, uploads and downloads are not
+in it.
 
 """
 CALIBRATION = """
@@ -313,7 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     options = parser.parse_args(arguments)
     with code.compilers() as pool:
-        lines = table(pool.submit(predict).result())
+        lines = table([row for rows in pool.map(predict, code.modules()) for row in rows])
     print("\n".join(lines))
     if options.write:
         head = HEADER.format(versions=code.versions(), boundary=BOUNDARY, start=START)

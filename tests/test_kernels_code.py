@@ -235,8 +235,8 @@ def test_executed():
     assert waits == 3 * (times.L2_LATENCY + times.BARRIER)
     ops, _ = times.executed(found, [3, 5], share=0.25)
     assert (ops["LDG.E.128"], ops["MUFU.RCP"]) == (3, 0.75)
-    with pytest.raises(ValueError, match=r"trips must be given for 2 loops of k, got \[3\]"):
-        times.executed(found, [3])
+    with pytest.raises(ValueError, match=r"trips must be given for 2 loops of k, got \[5\]"):
+        times.executed(found, [5])
 
 
 def test_flop_of_an_instruction():
