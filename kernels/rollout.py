@@ -580,6 +580,7 @@ class Tiles:
         chunk: Hidden units that a program has in registers.
         stages: Chunks of weights under way.
         width: Columns that a row is cut into, at most.
+        exact: How Triton multiplies in precision "float32"; AMD's matrix units take float32 as it is.
     """
 
     attention: tuple[int, int, int]
@@ -587,6 +588,7 @@ class Tiles:
     chunk: int
     stages: int
     width: int = 64
+    exact: str = "tf32x3"
 
 
 @dataclass(frozen=True)
@@ -603,7 +605,7 @@ class Launch:
 
 
 def tiles(config: Any, rows: int, precision: str, processors: int, target: int) -> Tiles:
-    """Tiles for so many candidates on a GPU of so many processors (SMs); its target is 90 for sm_90.
+    """Tiles for so many candidates on a GPU of so many processors (SMs); its target is 90 for sm_90, 0 for AMD.
 
     With few rows in bfloat16 the work is cut by heads and hidden units too, while every processor has at most one
     program; float32 sums of the parts are then added up in memory (`_add_rows`).
@@ -618,7 +620,7 @@ def tiles(config: Any, rows: int, precision: str, processors: int, target: int) 
 
     # The largest for which nothing is spilled (code-table.md), of those the fastest by time-table.md.
     if precision != "bfloat16":
-        return Tiles((16, 1, 8), (16, 1, 4), tile(config.predictor_mlp, 32), stages=2, width=32)
+        return Tiles((16, 1, 8), (16, 1, 4), tile(config.predictor_mlp, 32), 2, 32, "tf32x3" if target else "ieee")
     if wide and target == 90:
         return Tiles((32, 1, 8), (128, 1, 8), tile(config.predictor_mlp, 64), stages=3)
     units, chunk, stages = (64, 64, 3) if target == 90 else (32, 32, 2)
@@ -700,7 +702,7 @@ class Rollout:
             "A": c.block_dim,
             "INPUTS": padded(c.block_dim),
             "HIDDEN": c.action_hidden,
-            "CHUNK": tile(c.action_hidden, 64),
+            "CHUNK": tile(c.action_hidden, 64 if w.precision == "bfloat16" else 32),
             "STRIPS": strips,
             "ROWS": block,
             "num_warps": block // 8 if block > 16 else 4,
@@ -807,7 +809,7 @@ class Rollout:
 
     def _launch(self, kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: Any) -> Launch:
         n = self.weights.config.predictor_dim
-        precision = {"float32": "tf32x3", "tf32": "tf32"}.get(self.weights.precision, "ieee")
+        precision = {"float32": self.cut.exact, "tf32": "tf32"}.get(self.weights.precision, "ieee")
         common = {"N": n, "C": tile(n, self.cut.width), "PRECISION": precision, "enable_fp_fusion": True}
         return Launch(kernel, grid, arguments, constants | common)
 
@@ -848,11 +850,12 @@ def captured(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 
 
 def gpu(device: torch.device) -> tuple[int, int]:
-    """Streaming multiprocessors and target (90 for sm_90) of a GPU; in the interpreter, those of an H100."""
+    """Streaming multiprocessors and target (`tiles`) of a GPU; in the interpreter, those of an H100."""
     if device.type != "cuda":
         return 132, 90
     major, minor = torch.cuda.get_device_capability(device)
-    return torch.cuda.get_device_properties(device).multi_processor_count, 10 * major + minor
+    target = 0 if torch.version.hip else 10 * major + minor
+    return torch.cuda.get_device_properties(device).multi_processor_count, target
 
 
 def cost_launch(z: Tensor, goal: Tensor, costs: Tensor) -> Launch:
