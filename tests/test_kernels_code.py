@@ -3,6 +3,7 @@
 import collections
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +140,8 @@ def test_faults():
 
 def test_every_module_with_kernels_is_surveyed():
     folder = Path(code.__file__).parent
-    assert code.modules() == sorted(path.stem for path in folder.glob("*.py") if "_kernel[" in path.read_text())
+    defining = [path.stem for path in folder.glob("*.py") if re.search(r"def \w+_kernel\(", path.read_text())]
+    assert code.modules() == sorted(defining)
 
 
 @compiles
