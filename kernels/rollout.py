@@ -662,7 +662,9 @@ class Rollout:
         self._nowhere = torch.zeros_like(w.positions)  # tokens have positions; what a layer leaves has them in it
         self._operand = empty(window, rows, n, dtype=kind)
         grows = frames < c.history and horizon > 1
-        self._cache = empty(2, c.predictor_depth, window if grows else 0, rows, _inner(c), dtype=kind)
+        self._cache = empty(
+            2, c.predictor_depth, window if grows else 0, rows, c.predictor_heads * c.predictor_head_dim, dtype=kind
+        )
         self.launches = self._steps(every)
         self._replay: Callable[[], None] | None = None
 
@@ -822,10 +824,6 @@ class Rollout:
         if w.token is not None and (every or last):
             found.append((self.latents[t - self.frames], w.to_latent))
         return found
-
-
-def _inner(config: Any) -> int:
-    return config.predictor_heads * config.predictor_head_dim
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from lewm._core import Engine, Objective, noise
+from lewm.cache import remembered
 from lewm.config import ModelConfig
-from lewm.model_file import check_weights, write_atomically
+from lewm.model_file import check_weights
 
 _PRECISIONS = ("float32", "bfloat16", "int8")
 # What a precision must reach against float32 on first-iteration candidates to be taken by itself.
@@ -143,17 +141,7 @@ def is_faster(precision: str, than: str, made: Callable[[str], Engine]) -> bool:
     if not all(sets):
         return False
     name = f"{_processor()} {precision} {sets[0][0]} {than} {sets[1][0]}"
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lewm-fast" / "faster.json"
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    if not isinstance(known.get(name), bool):
-        known[name] = bool(made(precision).peak() > 1.2 * made(than).peak())
-        with contextlib.suppress(OSError):  # nowhere to remember it
-            write_atomically(path, json.dumps(known).encode())
-    return known[name]
+    return bool(remembered("faster.json", name, lambda: made(precision).peak() > 1.2 * made(than).peak()))
 
 
 def _processor() -> str:

@@ -5,15 +5,12 @@ Frames are encoded by the PyTorch network in float32. `self_check` says whether 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import os
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +19,11 @@ import triton
 from torch import Tensor
 
 from lewm import __version__, _core
+from lewm.cache import remembered
 from lewm.config import ModelConfig, configure
 from lewm.cpu_backend import OVERLAP, SPEARMAN, agreement, to_numpy
 from lewm.kernels.planner import CEM
 from lewm.kernels.rollout import Rollout, Weights, captured, cost_launch, obstacle, on, pack
-from lewm.model_file import write_atomically
 from lewm.network import LeWM
 from lewm.torch_backend import TorchBackend, as_tensor, device_of
 
@@ -276,28 +273,20 @@ def _self_check(device: str) -> bool:
     where = torch.device(device)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "interpreter"
     versions = f"torch {torch.__version__}, triton {triton.__version__}, lewm {__version__}"
-    key = f"{name}, {versions}"
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lewm-fast" / "gpu.json"
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    if known.get(key) is True:
-        return True
-    problem = _problem(device)
-    if problem is None:
-        known[key] = True
-        with contextlib.suppress(OSError):  # nowhere to remember it
-            write_atomically(path, json.dumps(known).encode())
-        return True
-    warnings.warn(
-        f'the kernels of backend "cuda" failed their check on {name} ({versions}): {problem}; '
-        f'backend "torch" is used instead',
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return False
+
+    def passes() -> bool | None:
+        problem = _problem(device)
+        if problem is None:
+            return True
+        warnings.warn(
+            f'the kernels of backend "cuda" failed their check on {name} ({versions}): {problem}; '
+            f'backend "torch" is used instead',
+            RuntimeWarning,
+            stacklevel=6,
+        )
+        return None  # with another driver it may pass
+
+    return bool(remembered("gpu.json", f"{name}, {versions}", passes))
 
 
 def _problem(device: str) -> str | None:
