@@ -319,7 +319,8 @@ def test_threads_change_no_bit():
     assert one == two == three != ""
 
 
-# Arguments: "ours" or "official", and where the bench is. Prints by how many bytes the process grew at its largest, forward and backward.
+# Arguments: "ours" or "official", and the folder of the benches. Prints by how many bytes the process grew at its
+# largest, forward and backward.
 PEAK = r"""
 import re, sys, torch
 from pathlib import Path
