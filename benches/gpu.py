@@ -32,7 +32,7 @@ import torch
 import lewm
 from lewm.config import configure
 from lewm.kernels import code
-from lewm.losses import sigreg, sigreg_directions
+from lewm.losses import Directions, sigreg, sigreg_directions
 from lewm.network import LeWM
 from lewm.planner import core_of
 
@@ -222,22 +222,26 @@ def regulariser(rows: Rows, quick: bool) -> None:
     z = torch.randn(steps, batch, dim, device=rows.device, requires_grad=True)
     directions = sigreg_directions(dim, count, seed=0, step=0, device=rows.device)
 
-    def run(statistic: Callable[..., Any], values: Any = z, along: Any = directions) -> Any:
+    def run(statistic: Callable[..., Any], along: Any = directions, values: Any = z) -> Any:
         values.grad = None
         statistic(values, along).backward()
         return values.grad
 
     exact = z.detach().double().requires_grad_()
-    want = run(_official_on_device, exact, directions.double())
-    for name, statistic in (("fused", sigreg), ("official eager", _official_on_device)):
+    want = run(_official_on_device, directions.double(), exact)
+    cases = (
+        ("fused", sigreg, directions),
+        ("fused, directions from a key", sigreg, Directions(count, seed=0, step=0)),
+        ("official eager", _official_on_device, directions),
+    )
+    for name, *case in cases:
         row: dict[str, Any] = {"shape": f"T{steps} B{batch} D{dim} P{count} K17"}
-        row["gradient_error"] = float(f"{((run(statistic) - want).norm() / want.norm()).item():.3g}")
+        row["gradient_error"] = float(f"{((run(*case) - want).norm() / want.norm()).item():.3g}")
         z.grad = None
         with rows.peak(row):
-            run(statistic)
-        rows.add(
-            f"sigreg forward+backward, {name}", **row, **rows.timed(lambda s=statistic: run(s), 5 if quick else 50)
-        )
+            run(*case)
+        times = rows.timed(lambda case=case: run(*case), 5 if quick else 50)
+        rows.add(f"sigreg forward+backward, {name}", **row, **times)
 
 
 def _official_on_device(z: Any, directions: Any) -> Any:

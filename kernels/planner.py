@@ -66,14 +66,18 @@ def _refit_kernel(cost_ptr, candidate_ptr, moved_ptr, low_ptr, high_ptr, order_p
     index = tl.arange(0, SAMPLES)
     real = index < S
     cost = tl.load(cost_ptr + e * S + index, mask=real, other=float("inf"))
-    rank = tl.zeros((SAMPLES,), tl.int32)
-    for first in range(0, S, CHUNK):
-        j = first + tl.arange(0, CHUNK)
-        other = tl.load(cost_ptr + e * S + j, mask=j < S, other=float("inf"))
-        before = (other[None, :] < cost[:, None]) | ((other[None, :] == cost[:, None]) & (j[None, :] < index[:, None]))
-        rank += tl.sum((before & (j < S)[None, :]).to(tl.int32), axis=1)
-    elite = real & (rank < K) & (cost < float("inf"))
+    moved = tl.sum(tl.load(moved_ptr + e * S + index, mask=real, other=0), axis=0)
+    tl.store(clipped_ptr + e, tl.load(clipped_ptr + e) + moved.to(tl.float64))
+    # Sorted as integers, the number of the sample below the cost: floats order like their bits, negative ones backwards.
+    bits = (cost + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(cost == cost, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    ranked = tl.sort((bits.to(tl.int64) << 32) | index)
+    bits = (ranked >> 32).to(tl.int32)
+    value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    elite = (index < K) & (value < float("inf"))
     count = tl.sum(elite.to(tl.int32), axis=0)
+    total = tl.sum(tl.where(elite, value, 0.0).to(tl.float64), axis=0)
+    tl.store(trace_ptr + step * E + e, total / count)
 
     bad = tl.min(tl.where(real & ((cost != cost) | (cost == -float("inf"))), index, SAMPLES), axis=0)
     code = tl.where(bad < SAMPLES, 1, tl.where(count < 2, 2, 0))
@@ -84,7 +88,7 @@ def _refit_kernel(cost_ptr, candidate_ptr, moved_ptr, low_ptr, high_ptr, order_p
         tl.store(fault_ptr + 4 * e + 3, tl.load(cost_ptr + e * S + tl.minimum(bad, S - 1)).to(tl.float64))
 
     # Elites best first; the standard deviation needs the mean, so they are read twice.
-    tl.store(order_ptr + e * K + rank, index, mask=elite)
+    tl.store(order_ptr + e * K + index, ranked.to(tl.int32), mask=elite)
     tl.debug_barrier()
     column = tl.arange(0, PADDED)
     inside = column < WIDTH
@@ -117,10 +121,6 @@ def _refit_kernel(cost_ptr, candidate_ptr, moved_ptr, low_ptr, high_ptr, order_p
         tl.store(best_ptr + e, lowest)
         x = tl.load(candidate_ptr + (e * S + best) * WIDTH + column, mask=inside, other=0.0)
         tl.store(action_ptr + e * WIDTH + column, x.to(tl.float64), mask=inside)
-    total = tl.sum(tl.where(elite, cost, 0.0).to(tl.float64), axis=0)
-    tl.store(trace_ptr + step * E + e, total / count)
-    moved = tl.sum(tl.load(moved_ptr + e * S + index, mask=real, other=0), axis=0)
-    tl.store(clipped_ptr + e, tl.load(clipped_ptr + e) + moved.to(tl.float64))
     tl.store(step_ptr + e, step + 1)
 
 

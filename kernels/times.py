@@ -231,7 +231,7 @@ TRIPS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
     "_attention_kernel": _attention_trips,
     "_condition_kernel": lambda a: [a["HIDDEN"] // a["CHUNK"]],
     "_mlp_kernel": lambda a: [a["HIDDEN"] // a["SPLITS"] // a["CHUNK"]],
-    "_refit_kernel": lambda a: [-(-a["S"] // a["CHUNK"]), -(-a["K"] // a["CHUNK"]), -(-a["K"] // a["CHUNK"])],
+    "_refit_kernel": lambda a: [-(-a["K"] // a["CHUNK"]), -(-a["K"] // a["CHUNK"])],
     "_sigreg_bwd_kernel": lambda a: [-(-a["columns_per_split"] // a["BLOCK_P"]), -(-a["D"] // a["BLOCK_D"])],
 }
 
