@@ -68,7 +68,7 @@ def _refit_kernel(cost_ptr, candidate_ptr, moved_ptr, low_ptr, high_ptr, order_p
     cost = tl.load(cost_ptr + e * S + index, mask=real, other=float("inf"))
     moved = tl.sum(tl.load(moved_ptr + e * S + index, mask=real, other=0), axis=0)
     tl.store(clipped_ptr + e, tl.load(clipped_ptr + e) + moved.to(tl.float64))
-    # Sorted as integers, the number of the sample below the cost: floats order like their bits, negative ones backwards.
+    # Sorted as integers, the sample in the low half: floats order like their bits, negative ones backwards.
     bits = (cost + 0.0).to(tl.int32, bitcast=True)
     bits = tl.where(cost == cost, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
     ranked = tl.sort((bits.to(tl.int64) << 32) | index)
