@@ -21,7 +21,7 @@ _Planner = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME or NAME=VALUE",
-        help="A planner of lewm.PLANNERS (paper, small, tiny, official, icem, mppi), a setting, as samples=64, or both.",
+        help="One of lewm.PLANNERS (paper, small, tiny, official, icem, mppi), a setting, as samples=64, or both.",
     ),
 ]
 _Result = Annotated[Path, typer.Argument(help="Result JSON of lewm evaluate.")]

@@ -110,10 +110,9 @@ PLANNERS: dict[str, Planner] = {
 
 @dataclass(frozen=True)
 class Moved:
-    """The pairs that ask for more than moving the agent, where the task can tell them (`Task.moved`).
+    """The pairs in which more than the agent moved from start to goal, where the task can tell (its class's `moved`).
 
-    Beside the rate of all pairs it is the control: a model blind to a block that is to be pushed solves none of them
-    but by chance.
+    The control beside the rate of all pairs: of these, a model blind to what is to be moved solves few.
 
     Attributes:
         n: Number of such pairs.
@@ -156,7 +155,7 @@ class Result:
         random_floor, random_interval: The same for uniformly random actions on the same pairs.
         n: Number of pairs.
         solved_at_start: Pairs whose start already counts as the goal.
-        moved: The same of the pairs that ask for more than moving the agent; None if the task cannot tell or none does.
+        moved: The same of the pairs in which more than the agent moved; None if the task cannot tell or there are none.
         plan_ms: "p50" and "p95" of the latency of plans for a single environment, in milliseconds.
         protocol: All of it.
         planner: All its fields, and as "name" which it is.
@@ -259,7 +258,7 @@ class Result:
         if (moved := self.moved) is not None:
             lines.insert(
                 1,
-                f"pairs that ask for more than moving the agent: {rate(moved.success_rate, moved.interval)} of {moved.n}, "
+                f"pairs in which more than the agent moved: {rate(moved.success_rate, moved.interval)} of {moved.n}, "
                 f"random actions {moved.random_floor:.1%}",
             )
         return "\n".join(lines)
@@ -304,6 +303,8 @@ def evaluate(
     """
     started = time.perf_counter()
     protocol = _named("protocol", protocol, PROTOCOLS)
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"protocol must be a Protocol or the name of one, got {protocol!r}")
     planner = planner_of(model, _named("planner", planner, PLANNERS))
     execute = planner.horizon if execute is None else integer("execute", execute, 1, planner.horizon + 1)
     wanted = protocol.pairs if pairs is None else integer("pairs", pairs, 1)
@@ -602,7 +603,7 @@ def _planned_actions(
 
 
 def _moved(env: Any, tasks: Tasks) -> np.ndarray:
-    """(n,) whether each pair asks for more than moving the agent; (0,) if the task cannot tell."""
+    """(n,) in which pairs more than the agent moved; (0,) if the task cannot tell."""
     moved = getattr(getattr(env.unwrapped, "task_type", None), "moved", None)
     return np.zeros(0, dtype=bool) if moved is None else np.asarray(moved(tasks.states, tasks.goals), dtype=bool)
 

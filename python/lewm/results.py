@@ -126,10 +126,10 @@ _HEAD = """# Results
 Made by `lewm results results --out RESULTS.md` from the files that `lewm evaluate --out` wrote; never edited by hand.
 
 Solved: share of n start/goal pairs, with its 95 % Wilson interval; the pairs are from fresh episodes of the protocol,
-which no training can have seen, unless a task says "pairs from" a data set. Random: uniform actions on the same pairs, and
-how many pairs count as solved at the start. Moved: the pairs that ask for more than moving the agent (a block has to be
-pushed), where the task can tell. Plan: median time of one plan for one environment. `lewm compare` gives the paired
-difference of two results.
+which no training can have seen, unless a task says "pairs from" a data set. Random: uniform actions on the same pairs,
+and how many pairs count as solved at the start. Moved: the pairs in which more than the agent moved, where the task can
+tell; a model that sees the agent alone solves few of them. Plan: median time of one plan for one environment.
+`lewm compare` gives the paired difference of two results.
 """
 _COLUMNS = ("task", "method", "solved", "n", "random", "moved", "training", "plan", "model", "command")
 
