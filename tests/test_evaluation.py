@@ -398,6 +398,29 @@ def test_no_picture_is_drawn_that_the_controller_would_not_look_at(history, exec
     assert evaluate(line_model(history=history), strict, pairs=8, execute=execute).distance == few.distance
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_to_draw_environments_of_a_task_does_not_move_them(workers):
+    pytest.importorskip("pymunk")
+    states = []
+    for drawn in (False, True):
+        env = gymnasium.make_vec(
+            "lewm/PushT-v0",
+            3,
+            vectorization_mode="vector_entry_point",
+            obs_type="state",
+            render_mode="rgb_array",
+            workers=workers,
+        )
+        env.reset(seed=0)
+        for _ in range(4):
+            if drawn:
+                assert len(env.render()) == 3
+            *_, info = env.step(np.full((3, 2), 0.3, np.float32))
+        states.append(info["state"])
+        env.close()
+    np.testing.assert_array_equal(*states)
+
+
 def test_what_the_model_file_says_of_its_training_is_kept():
     model = RoomModel()
     own, train = asdict(model.config), asdict(lewm.TrainConfig(**lewm.PRESETS["tiny"].train))
