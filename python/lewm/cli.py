@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -36,16 +37,33 @@ def collect(
     seed: _Seed = 0,
     policy: Annotated[str, typer.Option(help="expert or random.")] = "expert",
     max_steps: Annotated[int, typer.Option(help="Steps per episode at most.")] = 100,
+    card: Annotated[bool, typer.Option(help="Also write a data card beside the store, as `lewm data card`.")] = True,
 ) -> None:
     """Collect episodes into a store. Run again after an interruption, it makes the missing ones."""
     from lewm.collector import collect
     from lewm.progress import Bar
 
+    before, started = _frames(path), time.perf_counter()
     with Bar("episodes") as bar:
         data = collect(
             env, path, episodes=episodes, size=size, seed=seed, policy=policy, max_steps=max_steps, progress=bar.collect
         )
-    typer.echo(f"{path}: {len(data)} episodes, {int(data.lengths.sum())} frames, fingerprint {data.fingerprint()[:12]}")
+    speed = (data.frame_count - before) / (time.perf_counter() - started)
+    typer.echo(
+        f"{path}: {len(data)} episodes, {data.frame_count} frames ({speed:,.0f} a second), "
+        f"fingerprint {data.fingerprint()[:12]}"
+    )
+    if card:
+        from lewm.card import write_card
+
+        write_card(data, frames_per_second=round(speed, 1))
+
+
+def _frames(path: Path) -> int:
+    """Frames that a store holds already."""
+    from lewm.data import Dataset
+
+    return Dataset(path).frame_count if path.is_dir() and any(path.iterdir()) else 0
 
 
 @app.command()
@@ -226,6 +244,17 @@ def data_info(path: _Store) -> None:
     for name, value in rows.items():
         table.add_row(name, Text(value))
     Console(soft_wrap=True).print(table)
+
+
+@data_app.command("card")
+def data_card(
+    path: _Store,
+    out: Annotated[Path | None, typer.Option(help="Folder; the store's name with .card by default.")] = None,
+) -> None:
+    """Write what a store covers and where it came from: card.json and card.png."""
+    from lewm.card import write_card
+
+    write_card(path, out)
 
 
 @data_app.command("verify")

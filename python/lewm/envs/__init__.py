@@ -1,8 +1,25 @@
 """Environments. Importing this package is cheap; importing `lewm` registers them."""
 
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+
 TWO_ROOM, PUSH_T = "lewm/TwoRoom-v0", "lewm/PushT-v0"
 
 _MODULES = {TWO_ROOM: "two_room:TwoRoom", PUSH_T: "push_t:PushT"}
+
+
+def factors(env_id: str | None, states: np.ndarray) -> dict[str, np.ndarray]:
+    """What a model of an environment should know of its states (N, S): (N, C) by name, angles as sine and cosine.
+
+    {"state": states} where the environment is not one of these.
+    """
+    if env_id not in _MODULES or env_id == TWO_ROOM:
+        return {"state": states}
+    module, _, name = _MODULES[env_id].partition(":")
+    return getattr(importlib.import_module(f"lewm.envs.{module}"), name).factors(states)
 
 
 def register() -> None:
