@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lewm import __version__, diagnostics
+from lewm import __version__, diagnostics, envs
 from lewm.checks import integer
 from lewm.config import ModelConfig, TrainConfig, configure, preset_named
 from lewm.data import Dataset
@@ -414,9 +414,22 @@ class _Run:
         if "state" in self.data.columns and len(episodes) and len(self.train_episodes):
             z_fit, y_fit = self._latents_and_states(self.train_episodes, rng)
             z_test, y_test = self._latents_and_states(episodes, rng)
-            found["probe_r2"] = diagnostics.probe_r2(z_fit, y_fit, z_test, y_test)
+            fit, test = self._factors(y_fit), self._factors(y_test)
+            scores = {name: diagnostics.probe_r2(z_fit, fit[name], z_test, test[name]) for name in fit}
+            found["probe_r2"] = float(np.mean(list(scores.values())))
+            if len(scores) > 1:
+                found |= {f"probe_{name}": score for name, score in scores.items()}
+                y_test = np.concatenate([y / (np.sqrt(y.var(0).sum()) + 1e-12) for y in test.values()], axis=1)
             found["distance_correlation"] = diagnostics.distance_correlation(z_test, y_test, rng)
         return found
+
+    def _factors(self, states: np.ndarray) -> dict[str, np.ndarray]:
+        return envs.factors(self.data.metadata.get("env_id"), states)
+
+    def _columns(self) -> tuple[str, ...]:
+        """Of `metrics.csv`: with a probe for each thing that a model of this environment should know."""
+        factors = self._factors(np.zeros((1, self.data.columns["state"]))) if "state" in self.data.columns else {}
+        return (*_COLUMNS, *(f"probe_{name}" for name in factors if len(factors) > 1))
 
     def _latents_and_states(self, episodes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         rows = [
@@ -449,7 +462,7 @@ class _Run:
         )
         self.metrics.update(row)
         with (self.out / "metrics.csv").open("a", newline="") as file:
-            csv.DictWriter(file, _COLUMNS, restval="", lineterminator="\n").writerow(row)
+            csv.DictWriter(file, self._columns(), restval="", lineterminator="\n").writerow(row)
         if writer:
             for name, value in row.items():
                 if name not in ("step", "seconds"):
@@ -556,7 +569,7 @@ class _Run:
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / "config.json", json.dumps(self.identity, indent=1).encode())
             with (out / "metrics.csv").open("w", newline="") as file:
-                csv.DictWriter(file, _COLUMNS, lineterminator="\n").writeheader()
+                csv.DictWriter(file, self._columns(), lineterminator="\n").writeheader()
             self._save()  # from now on the run can be resumed, whatever ends it
             return
         tensors, header = read_tensors(checkpoint, "run to resume")
@@ -606,7 +619,7 @@ class _Run:
             for line, step in zip(lines, steps, strict=True)
             if line.endswith("\n") and step.isdecimal() and int(step) <= self.step
         ]
-        write_atomically(path, "".join([",".join(_COLUMNS) + "\n", *kept]).encode())
+        write_atomically(path, "".join([",".join(self._columns()) + "\n", *kept]).encode())
 
 
 class _Upload:
