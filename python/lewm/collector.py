@@ -136,6 +136,8 @@ def generate(env: VectorEnv, policy: Policy, *, seed: int, episodes: range, max_
         keys = [np.random.SeedSequence(seed, spawn_key=(first + i,)).spawn(2) for i in range(count)]
         rngs = [np.random.default_rng(key) for _, key in keys]
         obs, info = env.reset(seed=[int(key.generate_state(1, np.uint64)[0]) for key, _ in keys])
+        if hasattr(policy, "begin"):
+            policy.begin(count)
         frames = np.empty((count, max_steps + 1, *obs.shape[1:]), dtype=np.uint8)
         actions = np.empty((count, max_steps, len(low)), dtype=np.float32)
         names = ("state", "goal_state")
