@@ -19,6 +19,7 @@ import numpy as np
 
 from lewm.envs.rendering import Engine, EngineTask, package
 from lewm.envs.task import TaskEnv
+from lewm.envs.vector import TaskVectorEnv
 
 SUCCESS_DISTANCE = 0.04
 POSITIONS, VELOCITIES, CONTROLS = 21, 20, 7  # widths of the three parts of a state
@@ -170,6 +171,17 @@ class CubeEnv(TaskEnv):
 
     metadata: ClassVar[dict[str, Any]] = {**TaskEnv.metadata, "render_fps": round(1 / Cube.seconds)}
     task_type = Cube
+
+
+class CubeVectorEnv(TaskVectorEnv):
+    """N arms with a cube each: the vector form of `lewm/Cube-v0`; see `TaskVectorEnv` and `Cube`."""
+
+    metadata: ClassVar[dict[str, Any]] = {**TaskVectorEnv.metadata, "render_fps": CubeEnv.metadata["render_fps"]}
+    task_type = Cube
+
+    def expert_policy(self) -> ExpertPolicy:
+        """The behaviour policy that `lewm.collect(..., policy="expert")` uses."""
+        return ExpertPolicy()
 
 
 class ExpertPolicy:

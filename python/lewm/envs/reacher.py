@@ -18,6 +18,7 @@ import numpy as np
 
 from lewm.envs.rendering import Engine, EngineTask
 from lewm.envs.task import TaskEnv
+from lewm.envs.vector import TaskVectorEnv
 
 SUCCESS_ANGLE = 0.05
 WRIST_LIMIT = math.radians(160)
@@ -112,6 +113,17 @@ class ReacherEnv(TaskEnv):
 
     metadata: ClassVar[dict[str, Any]] = {**TaskEnv.metadata, "render_fps": round(1 / Reacher.seconds)}
     task_type = Reacher
+
+
+class ReacherVectorEnv(TaskVectorEnv):
+    """N reachers: the vector form of `lewm/Reacher-v0`; see `TaskVectorEnv` and `Reacher`."""
+
+    metadata: ClassVar[dict[str, Any]] = {**TaskVectorEnv.metadata, "render_fps": ReacherEnv.metadata["render_fps"]}
+    task_type = Reacher
+
+    def expert_policy(self) -> ExpertPolicy:
+        """The behaviour policy that `lewm.collect(..., policy="expert")` uses."""
+        return ExpertPolicy()
 
 
 class ExpertPolicy:
