@@ -56,9 +56,6 @@ class PushT(Task):
     name, unit, state_dim, seconds = "PushT", "units", 7, 0.1
     action_low, action_high = np.full(2, -1.0, np.float32), np.full(2, 1.0, np.float32)
 
-    def __init__(self) -> None:
-        self._agent = self._block = None
-
     def draw_state(self, rng: np.random.Generator) -> np.ndarray:
         agent, block = rng.uniform(50, 450, 2), rng.uniform(100, 400, 2)
         return np.array([*agent, *block, rng.uniform(0, 2 * math.pi), 0.0, 0.0])
@@ -152,40 +149,50 @@ def picture(state: np.ndarray, size: int) -> np.ndarray:
     """
     frame = _floor(size).copy()
     x, y, angle = state[2:5].tolist()
-    agent = state[:2].tolist()
     cos, sin = math.cos(angle), math.sin(angle)
     shapes = [np.array(corners) @ np.array([[cos, sin], [-sin, cos]]) + (x, y) for corners in (_BAR, _STEM)]
-    corners = np.concatenate(shapes)
-    # Only the two rectangles that shapes are in are drawn and scaled, whole pixels of the picture each.
-    for low, high in (
-        (corners.min(0) - 4, corners.max(0) + 4),
-        (np.subtract(agent, AGENT_RADIUS + 2), np.add(agent, AGENT_RADIUS + 2)),
-    ):
-        _draw(frame, shapes, agent, low, high)
+    agent, corners = state[:2], np.concatenate(shapes)
+    block = corners.min(0) - 4, corners.max(0) + 4
+    disc = agent - AGENT_RADIUS - 2, agent + AGENT_RADIUS + 2
+    # Only what shapes lie in is drawn and scaled, in whole pixels of the picture.
+    block, disc = _cells(size, *block), _cells(size, *disc)
+    if (block[0] < disc[1]).all() and (disc[0] < block[1]).all():
+        _draw(frame, (np.minimum(block[0], disc[0]), np.maximum(block[1], disc[1])), shapes, agent)
+    else:
+        _draw(frame, block, shapes, None)
+        _draw(frame, disc, [], agent)
     return frame
 
 
-def _draw(frame: np.ndarray, shapes: list[np.ndarray], agent: list[float], low: np.ndarray, high: np.ndarray) -> None:
-    """Draws what is between two corners, in units."""
+def _cells(size: int, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest rectangle of cells with these corners in it; a cell has whole pixels of canvas and picture."""
+    cells = math.gcd(size, _CANVAS)
+    scale = cells / _CANVAS
+    first, last = np.clip(np.floor(low * scale), 0, cells), np.clip(np.ceil(high * scale), 0, cells)
+    return first.astype(int), last.astype(int)
+
+
+def _draw(
+    frame: np.ndarray, cells: tuple[np.ndarray, np.ndarray], shapes: list[np.ndarray], agent: np.ndarray | None
+) -> None:
+    (left, top), (right, bottom) = cells
+    if left >= right or top >= bottom:
+        return
     size, canvas = len(frame), _floor(_CANVAS)
     parts = math.gcd(size, _CANVAS)
     coarse, fine = _CANVAS // parts, size // parts
-    (left, top), (right, bottom) = (np.clip(edge, 0, parts).tolist() for edge in (low // coarse, -(-high // coarse)))
-    left, top, right, bottom = int(left), int(top), int(right), int(bottom)
-    if left >= right or top >= bottom:
-        return
     part = canvas[top * coarse : bottom * coarse, left * coarse : right * coarse].copy()
     offset = np.array((left * coarse, top * coarse))
     for corners in shapes:
         points = np.rint(_FINE * (corners - offset)).astype(np.int32)
         cv2.fillConvexPoly(part, points, _BLOCK_INSIDE, cv2.LINE_8, _SHIFT)
         cv2.polylines(part, [points], True, _BLOCK, 4, cv2.LINE_8, _SHIFT)
-    x, y = np.rint(_FINE * (agent - offset)).astype(int).tolist()
-    cv2.circle(part, (x, y), round(_FINE * AGENT_RADIUS), _AGENT, -1, cv2.LINE_8, _SHIFT)
-    cv2.circle(part, (x, y), round(_FINE * (AGENT_RADIUS - 4)), _AGENT_INSIDE, -1, cv2.LINE_8, _SHIFT)
-    frame[top * fine : bottom * fine, left * fine : right * fine] = _scaled(
-        part, ((right - left) * fine, (bottom - top) * fine), size
-    )
+    if agent is not None:
+        x, y = np.rint(_FINE * (agent - offset)).astype(int).tolist()
+        cv2.circle(part, (x, y), round(_FINE * AGENT_RADIUS), _AGENT, -1, cv2.LINE_8, _SHIFT)
+        cv2.circle(part, (x, y), round(_FINE * (AGENT_RADIUS - 4)), _AGENT_INSIDE, -1, cv2.LINE_8, _SHIFT)
+    shape = int((right - left) * fine), int((bottom - top) * fine)
+    frame[top * fine : bottom * fine, left * fine : right * fine] = _scaled(part, shape, size)
 
 
 def _scaled(part: np.ndarray, shape: tuple[int, int], size: int) -> np.ndarray:
@@ -258,7 +265,7 @@ class Pusher:
             self.begin(len(states))
         fresh = np.isnan(self._target[:, 0])
         self._target[fresh] = goals[fresh, 2:5]
-        for i in np.flatnonzero(self._left == 0):
+        for i in np.flatnonzero(self._left == 0).tolist():
             self._choose(i, states[i], rngs[i])
         self._left -= 1
 

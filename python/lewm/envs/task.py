@@ -77,7 +77,7 @@ class Task(abc.ABC):
 
     @classmethod
     def factors(cls, states: np.ndarray) -> dict[str, np.ndarray]:
-        """What a model should know of states (N, S), by name, (N, C) each with angles as sine and cosine: for probes."""
+        """What a model should know of states (N, S), for probes: (N, C) by name, angles as sine and cosine."""
         return {"state": states}
 
     def close(self) -> None:  # noqa: B027 (most tasks have nothing to close)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import mmap
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple, cast
 
 import gymnasium
 import numpy as np
@@ -94,7 +95,7 @@ class TaskVectorEnv(VectorEnv):
                 file.truncate(job.bytes())
                 self._shared = job.arrays(memory := mmap.mmap(file.fileno(), job.bytes()))
                 cuts = [num_envs * i // workers for i in range(workers + 1)]
-                spans = list(zip(cuts[:-1], cuts[1:], strict=True))
+                spans = list(itertools.pairwise(cuts))
                 self._groups = [_Worker(job, file.fileno(), *span) for span in spans]
             self._memory = memory
         else:
@@ -129,7 +130,7 @@ class TaskVectorEnv(VectorEnv):
         return self._observation(), self._info()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Moves every environment on; gives observations, rewards (N,) of 0.0, terminated (N,), truncated (N,) and info.
+        """Moves all on; gives observations, rewards (N,) of 0.0, terminated (N,), truncated (N,) and info.
 
         Raises:
             ValueError: Actions of another shape, or not finite.
@@ -307,22 +308,19 @@ class _Worker:
             pass_fds=(memory,),
             env=environment,
         )
-        self._end = weakref.finalize(self, _end, self._process)
-        self.end_started()
-
-    def end_started(self) -> None:
-        """Waits until it has mapped the memory."""
-        if (error := self.end()) is not None:
+        self._orders, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+        self._end = weakref.finalize(self, _end, self._process, self._orders, self._answers)
+        if (error := self.end()) is not None:  # until it has mapped the memory
             raise error
 
     def begin(self, order: str, *arguments: Any) -> None:
         """Orders it."""
         with contextlib.suppress(BrokenPipeError):  # `end` says so
-            print(json.dumps([order, *arguments]), file=self._process.stdin, flush=True)
+            print(json.dumps([order, *arguments]), file=self._orders, flush=True)
 
     def end(self) -> Exception | None:
         """Waits until it has done it; what went wrong."""
-        answer = self._process.stdout.readline()
+        answer = self._answers.readline()
         if not answer:
             return RuntimeError(f"a worker of the vector environment has ended with code {self._process.wait()}")
         kind, text = json.loads(answer)
@@ -334,11 +332,11 @@ class _Worker:
         self._end()
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen, orders: IO[str], answers: IO[str]) -> None:
     with contextlib.suppress(OSError):
-        process.stdin.close()
+        orders.close()
     process.wait()
-    process.stdout.close()
+    answers.close()
 
 
 def _workers(count: int, task: type[Task]) -> int:
