@@ -178,7 +178,13 @@ def test_actions_beyond_the_bounds_are_clipped():
 
 @pytest.mark.parametrize(
     ("offset", "success"),
-    [((0, 0, 0), True), ((0.0399, 0, 0), True), ((0.0401, 0, 0), False), ((0.03, 0.03, 0), False), ((0, 0, 0.05), False)],
+    [
+        ((0, 0, 0), True),
+        ((0.0399, 0, 0), True),
+        ((0.0401, 0, 0), False),
+        ((0.03, 0.03, 0), False),
+        ((0, 0, 0.05), False),
+    ],
 )
 def test_success_is_the_cube_within_4_cm(task, offset, success):
     state, goal = task.draw_state(np.random.default_rng(0)), task.draw_state(np.random.default_rng(1))

@@ -114,7 +114,9 @@ def test_missing_package_is_one_line_that_installs_it(monkeypatch):
 
 
 def test_importing_needs_no_engine():
-    code = "import lewm.envs.reacher, lewm.envs.cube; print(*sorted({'mujoco', 'ogbench', 'OpenGL'} & set(sys.modules)))"
+    code = (
+        "import lewm.envs.reacher, lewm.envs.cube; print(*sorted({'mujoco', 'ogbench', 'OpenGL'} & set(sys.modules)))"
+    )
     assert run(code)[0].strip() == ""
 
 

@@ -172,8 +172,13 @@ def _remember() -> None:
     # Registered after the first context: MuJoCo's EGL shuts down in an exit handler too, and the last one comes first.
     global _drew
     if _drew is None:
-        atexit.register(lambda: [renderer.close() for renderer in list(_live)])
+        atexit.register(_close_all)
         _drew = os.getpid()
+
+
+def _close_all() -> None:
+    for renderer in list(_live):
+        renderer.close()
 
 
 def _short(error: Exception) -> str:
