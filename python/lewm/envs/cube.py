@@ -156,9 +156,9 @@ def coarsen(model: Any, cell: float) -> None:
     for i in range(model.nmesh):
         first, count = model.mesh_vertadr[i], model.mesh_vertnum[i]
         start, faces = model.mesh_faceadr[i], model.mesh_facenum[i]
-        cells = np.floor(model.mesh_vert[first : first + count] / cell).astype(np.int64)
-        _, kept, of = np.unique(cells, axis=0, return_index=True, return_inverse=True)
-        merged = kept[of.reshape(-1)][model.mesh_face[start : start + faces]]
+        x, y, z = np.floor(model.mesh_vert[first : first + count].T / cell).astype(np.int64)
+        _, kept, of = np.unique((x << 40) + (y << 20) + z, return_index=True, return_inverse=True)
+        merged = kept[of][model.mesh_face[start : start + faces]]
         a, b, c = merged.T
         rows = np.flatnonzero((a != b) & (b != c) & (a != c))
         model.mesh_face[start : start + len(rows)] = merged[rows]
