@@ -1,13 +1,17 @@
 """The command as a user types it: from collecting to a plan, and what it says when something is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
+
+from typer.testing import CliRunner
 
 import lewm
 from lewm import cli
@@ -53,6 +57,34 @@ def test_from_collecting_to_a_plan(tmp_path):
     assert written["planner"]["samples"] == 16
     assert "random" in done.stdout
 
+    # The command in the result measures the same.
+    command = "lewm evaluate MODEL --protocol two-room-25-50 --pairs 4 --planner paper --planner samples=16"
+    assert written["command"] == f"{command} --planner iterations=2 --planner elites=4 --execute 5 --seed 0"
+    invoke = CliRunner().invoke
+    words = written["command"].replace("MODEL", str(folder)).split()[1:]
+    assert invoke(cli.app, [*words, "--out", str(tmp_path / "again.json")]).exit_code == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert {k: again[k] for k in ("success", "distance", "pairs")} == {
+        k: written[k] for k in ("success", "distance", "pairs")
+    }
+    strict = str(tmp_path / "strict.json")
+    words = f"--protocol two-room-25-50-strict --pairs 4 --out {strict} --execute 2 --planner tiny".split()
+    words += ["--planner", "samples=16", "--env", "goal_rule=anywhere"]
+    assert invoke(cli.app, ["evaluate", str(folder), *words]).exit_code == 0
+    found = json.loads(Path(strict).read_text())
+    assert (found["execute"], found["planner"]["samples"], found["planner"]["iterations"]) == (2, 16, 10)
+    assert found["protocol"]["env_kwargs"] == {"goal_rule": "anywhere"}
+    assert found["training"]["changes"] == {"batch_size": 16, "steps": 12}
+    assert "a - b: +0.0 points" in invoke(cli.app, ["compare", str(result), str(tmp_path / "again.json")]).output
+    done = run("compare", result, strict)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "differ in protocol ('two-room-25-50' and 'two-room-25-50-strict'), strict" in done.stderr
+    (tmp_path / "results").mkdir()
+    shutil.copy(result, tmp_path / "results")
+    table = tmp_path / "RESULTS.md"
+    assert invoke(cli.app, ["results", str(tmp_path / "results"), "--out", str(table)]).exit_code == 0
+    assert model.hash()[:12] in table.read_text()
+
     frames = data[0].frames
     for name, frame in (("obs.png", frames[0]), ("goal.png", frames[-1])):
         imageio.imwrite(tmp_path / name, frame)
@@ -72,6 +104,8 @@ def test_from_collecting_to_a_plan(tmp_path):
         (("train", "nowhere.lewm"), "nowhere.lewm"),
         (("collect", "lewm/Nowhere-v0", "x.lewm"), "lewm/Nowhere-v0"),
         (("collect", "lewm/TwoRoom-v0", "x.lewm", "--episodes", "0"), "episodes"),
+        (("compare", "nowhere.json", "x.json"), "error: result: no such file: nowhere.json"),
+        (("results", "nowhere"), "error: results must be a folder of result JSONs, got nowhere"),
     ],
 )
 def test_mistakes_are_one_line_and_no_traceback(arguments, text, tmp_path):
@@ -129,6 +163,20 @@ def test_settings_are_json_where_they_parse():
         cli._settings(["steps"])
     with pytest.raises(ValueError, match="seed has an option of its own, --seed"):
         cli._settings(["seed=3"])
+
+
+def test_planners_are_named_or_set_or_both():
+    class Model:
+        meta = {"planner": {"samples": 7, "elites": 3}}  # noqa: RUF012
+
+    assert cli._planner(Model, None) is None
+    assert cli._planner(Model, ["paper"]) == lewm.CEM()
+    assert cli._planner(Model, ["icem", "samples=40"]) == lewm.ICEM(samples=40)
+    assert cli._planner(Model, ["elites=2"]) == lewm.CEM(samples=7, elites=2)
+    assert cli._planner(Model, ["name=mppi"]) == lewm.MPPI()
+    for wrong in (["best"], ["paper", "tiny"]):
+        with pytest.raises(ValueError, match=rf"planner must be NAME=VALUE or one of paper, .*got '{' '.join(wrong)}'"):
+            cli._planner(Model, wrong)
 
 
 def test_pictures_of_any_kind_become_rgb_and_others_are_refused(tmp_path):

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from lewm.config import PRESETS, ModelConfig, TrainConfig
     from lewm.controller import Controller
     from lewm.data import Dataset
-    from lewm.evaluation import PROTOCOLS, evaluate
+    from lewm.evaluation import PLANNERS, PROTOCOLS, evaluate
     from lewm.model import Model, load, use
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
     from lewm.replay import ReplayBuffer
+    from lewm.results import compare
     from lewm.trainer import train
 
 _HOME = {
@@ -29,6 +30,7 @@ _HOME = {
     "TrainConfig": "config",
     "Controller": "controller",
     "Dataset": "data",
+    "PLANNERS": "evaluation",
     "PROTOCOLS": "evaluation",
     "evaluate": "evaluation",
     "Model": "model",
@@ -40,6 +42,7 @@ _HOME = {
     "Plan": "planner",
     "plan": "planner",
     "ReplayBuffer": "replay",
+    "compare": "results",
     "train": "trainer",
 }
 
@@ -47,6 +50,7 @@ __all__ = [
     "CEM",
     "ICEM",
     "MPPI",
+    "PLANNERS",
     "PRESETS",
     "PROTOCOLS",
     "Controller",
@@ -60,6 +64,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "collect",
+    "compare",
     "evaluate",
     "load",
     "plan",

@@ -17,6 +17,14 @@ app.add_typer(data_app, name="data")
 
 _Store = Annotated[Path, typer.Argument(help="A .lewm folder.")]
 _Seed = Annotated[int, typer.Option(help="Of everything random.")]
+_Planner = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME or NAME=VALUE",
+        help="One of lewm.PLANNERS (paper, small, tiny, official, icem, mppi), a setting, as samples=64, or both.",
+    ),
+]
+_Result = Annotated[Path, typer.Argument(help="Result JSON of lewm evaluate.")]
 
 
 @app.command()
@@ -92,12 +100,14 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Take pairs from the held-out episodes of this store.")] = None,
     out: Annotated[Path | None, typer.Option(help="Result JSON to write.")] = None,
     seed: _Seed = 0,
-    planner: Annotated[
-        list[str] | None, typer.Option("--planner", metavar="NAME=VALUE", help="A planner setting, as samples=300.")
-    ] = None,
+    planner: _Planner = None,
+    execute: Annotated[int | None, typer.Option(help="Blocks of each plan to execute; all by default.")] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the environment.")] = None,
 ) -> None:
     """Success rate with its interval, beside the random floor, on held-out pairs."""
-    from lewm.evaluation import evaluate
+    from dataclasses import replace
+
+    from lewm.evaluation import PROTOCOLS, evaluate
     from lewm.model import load
     from lewm.progress import Bar
 
@@ -105,15 +115,37 @@ def evaluate(
     with Bar("pairs") as bar:
         result = evaluate(
             loaded,
-            protocol,
+            replace(PROTOCOLS[protocol], env_kwargs=_settings(env)) if env and protocol in PROTOCOLS else protocol,
             pairs=pairs,
             data=data,
             out=out,
             seed=seed,
             planner=_planner(loaded, planner),
+            execute=execute,
             progress=bar.count,
         )
     typer.echo(str(result))
+
+
+@app.command()
+def compare(a: _Result, b: _Result) -> None:
+    """Paired difference of two results on the same pairs, with its interval."""
+    from lewm.results import compare
+
+    typer.echo(str(compare(a, b)))
+
+
+@app.command()
+def results(
+    folder: Annotated[Path, typer.Argument(help="Folder of result JSONs.")],
+    out: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("RESULTS.md"),
+) -> None:
+    """Write the table of all results in a folder."""
+    from lewm.model_file import write_atomically
+    from lewm.results import table
+
+    write_atomically(out, table(folder).encode())
+    typer.echo(out)
 
 
 @app.command()
@@ -122,9 +154,7 @@ def plan(
     obs: Annotated[Path, typer.Argument(help="Picture of now.")],
     goal: Annotated[Path, typer.Argument(help="Picture of the goal.")],
     seed: _Seed = 0,
-    planner: Annotated[
-        list[str] | None, typer.Option("--planner", metavar="NAME=VALUE", help="A planner setting, as samples=300.")
-    ] = None,
+    planner: _Planner = None,
 ) -> None:
     """Plan from one picture to another; prints JSON."""
     from lewm.model import load
@@ -277,12 +307,19 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _planner(model: Any, pairs: list[str] | None) -> Any:
+def _planner(model: Any, words: list[str] | None) -> Any:
+    from lewm.evaluation import PLANNERS, described
     from lewm.planner import planner_from
 
-    if not pairs:
+    if not words:
         return None
-    settings, own = _settings(pairs), model.meta.get("planner") or {}
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1 or not set(names) <= PLANNERS.keys():
+        raise ValueError(f"planner must be NAME=VALUE or one of {', '.join(PLANNERS)}, got {' '.join(names)!r}")
+    settings = _settings([word for word in words if "=" in word])
+    if names:
+        return planner_from({**described(PLANNERS[names[0]]), **settings})
+    own = model.meta.get("planner") or {}
     # Settings made for one planner say nothing about another.
     same = settings.get("name", own.get("name", "cem")) == own.get("name", "cem")
     return planner_from({**(own if same else {}), **settings})

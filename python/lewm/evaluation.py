@@ -6,14 +6,20 @@ and planner, is not part of it; the result records both.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +30,23 @@ from lewm import envs
 from lewm._core import __version__
 from lewm.checks import integer
 from lewm.collector import generate, space_of
+from lewm.config import PRESETS, configure
 from lewm.controller import Controller
 from lewm.data import Dataset
-from lewm.model_file import write_atomically
-from lewm.planner import Planner, plan, planner_of
+from lewm.model_file import brief, write_atomically
+from lewm.planner import CEM, ICEM, MPPI, Planner, plan, planner_from, planner_of
 
-__all__ = ["PROTOCOLS", "Protocol", "Result", "evaluate", "wilson"]
+__all__ = ["PLANNERS", "PROTOCOLS", "Protocol", "Result", "evaluate", "wilson"]
 
 # Latency is that of single plans; this many are timed.
 _TIMED_PLANS = 20
 # Candidates scored at once when `batch` is left open: bounds memory, large enough to keep a CPU busy.
 _CANDIDATES = 4096
-_EPISODES_AT_ONCE = 64
-# Episodes to look through for each pair before saying that they are too short.
+# Environments that make episodes or pictures at once; some simulators are large.
+_AT_ONCE = 32
+# Episodes to look through for each pair before saying that none will do.
 _TRIES = 20
+_LARGEST_FILE = 2**24  # bytes of a result JSON, some 100,000 pairs
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,15 @@ class Protocol:
     Args:
         name: As in `PROTOCOLS`.
         env_id: Gymnasium id of an environment with a vector entry point that resets to any state.
-        goal_offset: The goal is the state this many steps after the start, in the same episode.
+        goal_offset: The goal is the state exactly this many steps after the start, in the same episode.
         budget: Steps to reach it in.
         pairs: Start/goal pairs, one per episode.
         seed: Of the episodes and of the starts within them.
+        strict: Leave out pairs whose start already counts as the goal; further episodes take their place.
+        past_success: Episodes last until the environment's limit, also when their policy is done before. They have to
+            where the goal is as far ahead as the limit: episodes that are over by then are those of a policy that got
+            there, and with only the others left, the protocol would ask for what the policy failed at.
+        env_kwargs: Further arguments for the environment; plain JSON data.
     """
 
     name: str
@@ -59,6 +73,9 @@ class Protocol:
     budget: int = 50
     pairs: int = 200
     seed: int = 0
+    strict: bool = False
+    past_success: bool = False
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("goal_offset", "budget", "pairs"):
@@ -66,12 +83,71 @@ class Protocol:
         integer("seed", self.seed, 0, 2**32)
 
 
-PROTOCOLS = {p.name: p for p in (Protocol("two-room-25-50", "lewm/TwoRoom-v0"),)}
+# 100/150 is of versions 1 and 2 of the paper. Episodes have at most 100 steps, so the start is the first state and the
+# goal the last, there and here. There, episodes count only if the policy had not got to its own goal by then: of ours
+# that would be 62 %, with 72 instead of 83 % of the goals in the other room (1,000 pairs each).
+PROTOCOLS = {
+    p.name: p
+    for frozen in (
+        Protocol("pusht-25-50", "lewm/PushT-v0"),
+        Protocol("two-room-25-50", "lewm/TwoRoom-v0"),
+        Protocol("two-room-100-150", "lewm/TwoRoom-v0", goal_offset=100, budget=150, past_success=True),
+        Protocol("reacher-25-50", "lewm/Reacher-v0"),
+        Protocol("cube-25-50", "lewm/Cube-v0"),
+    )
+    for p in (frozen, replace(frozen, name=f"{frozen.name}-strict", strict=True))
+}
+
+# The presets' planners by the presets' names ("paper": CEM, 300 samples, 30 iterations, 30 elites, horizon 5), the
+# paper's as the official code does it, and the others with their defaults.
+PLANNERS: dict[str, Planner] = {
+    **{name: planner_from(preset.planner) for name, preset in PRESETS.items()},
+    "official": CEM(reference=True),
+    "icem": ICEM(),
+    "mppi": MPPI(),
+}
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The pairs in which more than the agent moved from start to goal, where the task can tell (its class's `moved`).
+
+    The control beside the rate of all pairs: of these, a model blind to what is to be moved solves few.
+
+    Attributes:
+        n: Number of such pairs.
+        success_rate, interval, random_floor: Of them alone, as in `Result`.
+    """
+
+    n: int
+    success_rate: float
+    interval: tuple[float, float]
+    random_floor: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a model's file says of its training.
+
+    Attributes:
+        preset: Its name.
+        changes: Settings of model and training that are not the preset's, by name.
+        seed, steps: Of the run.
+        seconds: Wall time of the steps, evaluation on held-out data included.
+        device: As torch names it.
+    """
+
+    preset: str
+    changes: dict[str, Any]
+    seed: int
+    steps: int
+    seconds: float
+    device: str
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `evaluate` found; `to_dict` is the result JSON.
+    """What `evaluate` found; `to_dict` is the result JSON, `load` reads one.
 
     Attributes:
         success_rate: Share of the pairs solved, those that were solved at the start included.
@@ -79,12 +155,16 @@ class Result:
         random_floor, random_interval: The same for uniformly random actions on the same pairs.
         n: Number of pairs.
         solved_at_start: Pairs whose start already counts as the goal.
+        moved: The same of the pairs in which more than the agent moved; None if the task cannot tell or there are none.
         plan_ms: "p50" and "p95" of the latency of plans for a single environment, in milliseconds.
-        protocol, planner: All their fields.
+        protocol: All of it.
+        planner: All its fields, and as "name" which it is.
         execute: Blocks of each plan that were executed.
         seed: Of the planner's noise and of the random actions.
         data: Fingerprint of the data set the pairs are from; None if the protocol made its own episodes.
         model_hash, backend, precision: Of the model.
+        training: Of the model; None if its file does not say.
+        command: What measures it again; MODEL and STORE stand for paths.
         versions: Of the software, and the CPU.
         seconds: Wall time of the whole evaluation.
         success: Per pair, for paired comparisons with another result of the same protocol.
@@ -99,8 +179,9 @@ class Result:
     random_interval: tuple[float, float]
     n: int
     solved_at_start: int
+    moved: Moved | None
     plan_ms: dict[str, float]
-    protocol: dict[str, Any]
+    protocol: Protocol
     planner: dict[str, Any]
     execute: int
     seed: int
@@ -108,12 +189,51 @@ class Result:
     model_hash: str
     backend: str
     precision: str
+    training: Training | None
+    command: str
     versions: dict[str, str]
     seconds: float
     success: list[bool]
     random_success: list[bool]
     distance: list[float]
     pairs: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        integer("n", self.n, 1)
+        for name in ("success", "random_success", "distance", "pairs"):
+            if len(getattr(self, name)) != self.n:
+                raise ValueError(f"{name} must have one entry for each of n = {self.n} pairs")
+        for name, rate, interval, solved in (
+            ("success_rate", self.success_rate, self.interval, self.success),
+            ("random_floor", self.random_floor, self.random_interval, self.random_success),
+        ):
+            share, limits = _rate(solved)
+            if not np.allclose([rate, *interval], [share, *limits], rtol=0, atol=1e-9):
+                raise ValueError(f"{name} and its interval must be those of the {self.n} pairs, got {rate}")
+        if not {"p50", "p95"} <= self.plan_ms.keys():
+            raise ValueError(f"plan_ms must have p50 and p95, got {', '.join(self.plan_ms)}")
+        if described(planner_from(self.planner)) != self.planner:
+            raise ValueError(f"planner must have all fields of a planner, got {', '.join(self.planner)}")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Result:
+        """Reads a result JSON, which may be from anywhere.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not one that this release wrote; the text says what is wrong.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"result: no such file: {path}")
+        try:
+            with path.open("rb") as file:
+                text = file.read(_LARGEST_FILE + 1)
+            if len(text) > _LARGEST_FILE:
+                raise ValueError(f"it is larger than {_LARGEST_FILE} bytes")
+            return _typed("the file", json.loads(text), cls)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"result: {path} is no result of lewm evaluate ({brief(error)})") from None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data for JSON."""
@@ -127,13 +247,21 @@ class Result:
         def rate(share: float, interval: tuple[float, float]) -> str:
             return f"{share:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
 
-        return (
-            f"{self.protocol['name']}: {rate(self.success_rate, self.interval)} of {self.n} pairs solved "
-            f"(95 % interval), {self.solved_at_start} of them at the start\n"
-            f"random actions: {rate(self.random_floor, self.random_interval)}\n"
-            f"one plan ({self.planner['samples']} samples x {self.planner['iterations']} iterations, {self.backend} "
-            f"{self.precision}): {self.plan_ms['p50']:.1f} ms p50, {self.plan_ms['p95']:.1f} ms p95"
-        )
+        lines = [
+            f"{self.protocol.name}: {rate(self.success_rate, self.interval)} of {self.n} pairs solved "
+            f"(95 % interval), {self.solved_at_start} of them at the start",
+            f"random actions: {rate(self.random_floor, self.random_interval)}",
+            f"one plan ({self.planner['name'].upper()}, {self.planner['samples']} samples x "
+            f"{self.planner['iterations']} iterations, {self.execute} of {self.planner['horizon']} blocks executed, "
+            f"{self.backend} {self.precision}): {self.plan_ms['p50']:.1f} ms p50, {self.plan_ms['p95']:.1f} ms p95",
+        ]
+        if (moved := self.moved) is not None:
+            lines.insert(
+                1,
+                f"pairs in which more than the agent moved: {rate(moved.success_rate, moved.interval)} of {moved.n}, "
+                f"random actions {moved.random_floor:.1%}",
+            )
+        return "\n".join(lines)
 
 
 def evaluate(
@@ -141,7 +269,7 @@ def evaluate(
     protocol: str | Protocol = "two-room-25-50",
     *,
     pairs: int | None = None,
-    planner: Planner | None = None,
+    planner: str | Planner | None = None,
     execute: int | None = None,
     seed: int = 0,
     data: Any = None,
@@ -160,11 +288,12 @@ def evaluate(
         model: What plans.
         protocol: A name in `PROTOCOLS` or a `Protocol`.
         pairs: Number of pairs, by default the protocol's. The first n pairs are the same whatever the number.
-        planner: By default the one that the model file names, else `CEM()`.
+        planner: A name in `PLANNERS` or a planner; by default the one that the model file names, else `CEM()`.
         execute: Blocks of each plan to execute before the next; by default all.
         seed: Of the planner's noise and of the random actions.
         data: Take the pairs from this `lewm.Dataset` (or its path) instead: if the model was trained on it, from the
-            episodes that training held out, else from all. Without `pairs`, as many as there are, up to the protocol's.
+            episodes that training held out, else from all. Its episodes end where they end, `past_success` or not.
+            Without `pairs`, as many as there are, up to the protocol's.
         out: Also write the result JSON here.
         batch: Environments planned for at once; changes speed and memory only.
         progress: Called with (pairs done, pairs).
@@ -173,8 +302,11 @@ def evaluate(
         TypeError, ValueError: An argument is not as described, or model, data and environment do not fit together.
     """
     started = time.perf_counter()
-    protocol = _protocol(protocol)
-    planner = planner_of(model, planner)
+    protocol = _named("protocol", protocol, PROTOCOLS)
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"protocol must be a Protocol or the name of one, got {protocol!r}")
+    planner = planner_of(model, _named("planner", planner, PLANNERS))
+    execute = planner.horizon if execute is None else integer("execute", execute, 1, planner.horizon + 1)
     wanted = protocol.pairs if pairs is None else integer("pairs", pairs, 1)
     batch = max(1, _CANDIDATES // planner.samples) if batch is None else integer("batch", batch, 1)
     integer("seed", seed, 0, 2**64)
@@ -185,36 +317,44 @@ def evaluate(
         tasks = make_tasks(protocol, wanted, model.config.image_size)
     else:
         tasks = _data_tasks(protocol, data, model, pairs)
-    n = len(tasks.episodes)
+    n, size = len(tasks.episodes), tasks.pictures.shape[1]
 
-    solved, at_start, distance = [], [], []
-    for begin in range(0, n, batch):
-        part = tasks.part(slice(begin, begin + batch))
-        ids = np.arange(begin, begin + len(part.episodes))
+    chance = _random_actions(protocol, n, seed)
+    solved, at_start, distance, random_solved, moved = [], [], [], [], []
+    for env, some in _batches(protocol, n, batch, size=size, obs_type="state", render_mode="rgb_array"):
+        part = tasks.part(some)
+        ids = np.arange(some.start, some.stop)
         act = _planned_actions(model, part.pictures, ids, planner=planner, execute=execute, seed=seed)
-        found = _run(protocol, part, "pixels", act)
-        for whole, one in zip((solved, at_start, distance), found, strict=True):
+        found = _run(env, protocol, part, act)
+        by_chance, *_ = _run(env, protocol, part, lambda env, active, step, rows=chance[some]: rows[:, step])
+        for whole, one in zip(
+            (solved, at_start, distance, random_solved, moved), (*found, by_chance, _moved(env, part)), strict=True
+        ):
             whole.extend(one.tolist())
         if progress is not None:
             progress(len(solved), n)
-    random_solved = _run(protocol, tasks, "state", _random_actions(protocol, n, seed))[0].tolist()
 
+    rate, interval = _rate(solved)
+    floor, floor_interval = _rate(random_solved)
     result = Result(
-        success_rate=sum(solved) / n,
-        interval=wilson(sum(solved), n),
-        random_floor=sum(random_solved) / n,
-        random_interval=wilson(sum(random_solved), n),
+        success_rate=rate,
+        interval=interval,
+        random_floor=floor,
+        random_interval=floor_interval,
         n=n,
         solved_at_start=sum(at_start),
+        moved=_among(moved, solved, random_solved),
         plan_ms=_latency(protocol, tasks.part(slice(_TIMED_PLANS)), model, planner, seed),
-        protocol=asdict(protocol),
-        planner=asdict(planner),
-        execute=planner.horizon if execute is None else execute,
+        protocol=protocol,
+        planner=described(planner),
+        execute=execute,
         seed=seed,
         data=tasks.fingerprint,
         model_hash=model.hash(),
         backend=model.backend,
         precision=model.precision,
+        training=_training(model),
+        command=_command(protocol, n, planner, execute, seed, data is not None),
         versions=_versions(),
         seconds=time.perf_counter() - started,
         success=solved,
@@ -243,6 +383,11 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def _rate(solved: list[bool]) -> tuple[float, tuple[float, float]]:
+    """Success rate and its interval."""
+    return sum(solved) / len(solved), wilson(sum(solved), len(solved))
+
+
 class Tasks(NamedTuple):
     """n start/goal pairs."""
 
@@ -258,40 +403,72 @@ class Tasks(NamedTuple):
         return Tasks(*(values[which] for values in self[:5]), fingerprint=self.fingerprint)
 
 
-def _row(protocol: Protocol, episode: int, frames: int) -> int:
-    """The start within an episode, from a key of its own; the goal of the last possible one is the last frame."""
+class _Pair(NamedTuple):
+    """What may become one of them."""
+
+    episode: int
+    row: int
+    states: np.ndarray  # (2, S) of start and goal
+
+
+def _pair(protocol: Protocol, episode: int, states: np.ndarray) -> _Pair:
+    """The pair of an episode (N, S); the start is drawn under a key of its own, the goal of the last is the last."""
     rng = np.random.default_rng((protocol.seed, episode, protocol.goal_offset))
-    return int(rng.integers(frames - protocol.goal_offset))
+    row = int(rng.integers(len(states) - protocol.goal_offset))
+    return _Pair(episode, row, states[[row, row + protocol.goal_offset]])
+
+
+def _chosen(protocol: Protocol, pairs: Iterable[_Pair], n: int) -> list[_Pair]:
+    """The first n pairs that the protocol takes, fewer if there are fewer."""
+    if not protocol.strict:
+        return list(islice(pairs, n))
+    with closing(_vector_env(protocol, 1, obs_type="state")) as env:
+
+        def solved(pair: _Pair) -> bool:
+            _, info = env.reset(options={"state": pair.states[:1], "goal": pair.states[1:]})
+            return bool(info["success"][0])
+
+        return list(islice((pair for pair in pairs if not solved(pair)), n))
 
 
 def make_tasks(protocol: Protocol, n: int, size: int) -> Tasks:
     """Pairs from fresh episodes of the scripted policy; pair i is the same whatever n is."""
-    env = _vector_env(protocol, min(n, _EPISODES_AT_ONCE), obs_type="state")
+    tries = _TRIES * n
+    chosen = _chosen(protocol, _fresh(protocol, range(tries), min(n, _AT_ONCE)), n)
+    if len(chosen) < n:
+        raise ValueError(
+            f"goal_offset must leave enough pairs, got {protocol.goal_offset}: only {len(chosen)} of {tries} episodes "
+            f"are longer{' and not solved at their start' if protocol.strict else ''}"
+        )
+    states, goals = np.stack([pair.states for pair in chosen], axis=1)
+    episodes, rows = np.array([pair[:2] for pair in chosen]).T
+    # A picture depends on the state alone, so the goals are drawn now rather than every frame on the way.
+    return Tasks(states, goals, _pictures(protocol, goals, size), episodes, rows)
+
+
+def _fresh(protocol: Protocol, numbers: range, at_once: int) -> Iterator[_Pair]:
+    """Pairs of the protocol's own episodes, as far as they are long enough."""
     # NumPy mixes a whole number's 32-bit words, lowest first, without leading zeros and padded to four. Five words that
     # end in zero are therefore the seed of no `collect`, and no data set that it makes can hold these episodes.
     key = (protocol.seed, 0, 0, 0, 0)
-    numbers = range(_TRIES * n)
-    states, goals, episodes, rows = [], [], [], []
-    steps = env.spec.max_episode_steps
-    for number, episode in enumerate(generate(env, env.expert_policy(), seed=key, episodes=numbers, max_steps=steps)):
-        state = episode.columns["state"]
-        if len(state) > protocol.goal_offset:
-            row = _row(protocol, number, len(state))
-            states.append(state[row])
-            goals.append(state[row + protocol.goal_offset])
-            episodes.append(number)
-            rows.append(row)
-        if len(episodes) == n:
-            break
-    else:
-        raise ValueError(
-            f"goal_offset must leave enough episodes that are longer, got {protocol.goal_offset}: only "
-            f"{len(episodes)} of {len(numbers)} are"
-        )
-    goals = np.stack(goals)
-    # A picture depends on the state alone, so the goals are drawn now rather than every frame on the way.
-    pictures, _ = _vector_env(protocol, n, size=size).reset(options={"state": goals, "goal": goals})
-    return Tasks(np.stack(states), goals, pictures, np.array(episodes), np.array(rows))
+    steps = gymnasium.spec(protocol.env_id).max_episode_steps or protocol.goal_offset
+    with closing(_vector_env(protocol, at_once, obs_type="state", max_episode_steps=steps)) as env:
+        policy = env.expert_policy()
+        env = _PastSuccess(env) if protocol.past_success else env
+        for number, episode in zip(
+            numbers, generate(env, policy, seed=key, episodes=numbers, max_steps=steps), strict=True
+        ):
+            states = episode.columns["state"]
+            if len(states) > protocol.goal_offset:
+                yield _pair(protocol, number, states)
+
+
+class _PastSuccess(gymnasium.vector.VectorWrapper):
+    """Nothing but the limit ends an episode."""
+
+    def step(self, actions: np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        obs, rewards, terminated, truncated, info = self.env.step(actions)
+        return obs, rewards, np.zeros_like(terminated), truncated, info
 
 
 def _data_tasks(protocol: Protocol, data: Any, model: Any, pairs: int | None) -> Tasks:
@@ -300,22 +477,23 @@ def _data_tasks(protocol: Protocol, data: Any, model: Any, pairs: int | None) ->
     if data.metadata.get("env_id") != protocol.env_id:
         raise ValueError(f"data must be of {protocol.env_id}, as the protocol, got {data.metadata.get('env_id')}")
     usable = [e for e in _held_out(data, model) if data.lengths[e] > protocol.goal_offset]
-    n = min(len(usable), protocol.pairs) if pairs is None else pairs
-    if not 0 < n <= len(usable):
+    order = np.random.default_rng(protocol.seed).permutation(usable).astype(int).tolist()
+    wanted = protocol.pairs if pairs is None else pairs
+    chosen = _chosen(protocol, (_pair(protocol, e, data.column("state", e)) for e in order), wanted)
+    if not chosen or (pairs is not None and len(chosen) < pairs):
         raise ValueError(
-            f"pairs must be at most {len(usable)}, one for each episode of data that was held out from training and "
-            f"is longer than {protocol.goal_offset} steps, got {protocol.pairs if pairs is None else pairs}"
+            f"pairs must be at most {len(chosen)}, one for each episode of data that was held out from training and is "
+            f"longer than {protocol.goal_offset} steps{', not solved at its start' if protocol.strict else ''}, "
+            f"got {wanted}"
         )
-    episodes = np.random.default_rng(protocol.seed).permutation(usable)[:n]
-    rows = np.array([_row(protocol, int(e), int(data.lengths[e])) for e in episodes])
-    places = list(zip(episodes.tolist(), rows.tolist(), strict=True))
+    states, goals = np.stack([pair.states for pair in chosen], axis=1)
     ahead = protocol.goal_offset
     return Tasks(
-        states=np.stack([data.column("state", e)[row] for e, row in places]),
-        goals=np.stack([data.column("state", e)[row + ahead] for e, row in places]),
-        pictures=np.stack([data.frames(e, np.array([row + ahead]))[0] for e, row in places]),
-        episodes=episodes,
-        rows=rows,
+        states,
+        goals,
+        pictures=np.stack([data.frames(pair.episode, np.array([pair.row + ahead]))[0] for pair in chosen]),
+        episodes=np.array([pair.episode for pair in chosen]),
+        rows=np.array([pair.row for pair in chosen]),
         fingerprint=data.fingerprint(),
     )
 
@@ -340,8 +518,36 @@ def _vector_env(protocol: Protocol, n: int, **settings: Any) -> gymnasium.vector
         num_envs=n,
         vectorization_mode="vector_entry_point",
         autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
+        **protocol.env_kwargs,
         **settings,
     )
+
+
+def _batches(
+    protocol: Protocol, n: int, at_once: int, **settings: Any
+) -> Iterator[tuple[gymnasium.vector.VectorEnv, slice]]:
+    """Parts of n pairs, each with as many environments; to make some takes long, so whole batches share theirs."""
+    env = None
+    try:
+        for begin in range(0, n, at_once):
+            part = slice(begin, min(n, begin + at_once))
+            if env is None or env.num_envs != part.stop - begin:
+                if env is not None:
+                    env.close()
+                env = _vector_env(protocol, part.stop - begin, **settings)
+            yield env, part
+    finally:
+        if env is not None:
+            env.close()
+
+
+def _pictures(protocol: Protocol, states: np.ndarray, size: int) -> np.ndarray:
+    """(n, size, size, 3) pictures of states (n, S)."""
+    drawn = [
+        env.reset(options={"state": states[part], "goal": states[part]})[0]
+        for env, part in _batches(protocol, len(states), _AT_ONCE, size=size, obs_type="pixels")
+    ]
+    return np.concatenate(drawn)
 
 
 def _check_actions(protocol: Protocol, model: Any) -> None:
@@ -353,55 +559,74 @@ def _check_actions(protocol: Protocol, model: Any) -> None:
         )
 
 
-def _run(protocol: Protocol, tasks: Tasks, obs_type: str, act: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _run(env: Any, protocol: Protocol, tasks: Tasks, act: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Who was solved, who was at the start, and the last distance, all (n,).
 
-    `act(obs, active, step)` gives actions (n, A_raw); those of pairs no longer active do not count.
+    `act(env, active, step)` gives actions (n, A_raw); those of pairs no longer active do not count.
     """
-    env = _vector_env(protocol, len(tasks.episodes), size=tasks.pictures.shape[1], obs_type=obs_type)
-    obs, info = env.reset(options={"state": tasks.states, "goal": tasks.goals})
+    _, info = env.reset(options={"state": tasks.states, "goal": tasks.goals})
     at_start, solved, distance = info["success"].copy(), info["success"].copy(), info["distance"].copy()
     for step in range(protocol.budget):
         active = ~solved
         if not active.any():
             break
-        obs, _, terminated, _, info = env.step(act(obs, active, step))
+        _, _, terminated, _, info = env.step(act(env, active, step))
         distance[active] = info["distance"][active]
         solved |= terminated
-    env.close()
     return solved, at_start, distance
 
 
-def _planned_actions(model: Any, goals: np.ndarray, env_ids: np.ndarray, **settings: Any) -> Callable:
+def _planned_actions(
+    model: Any, goals: np.ndarray, env_ids: np.ndarray, *, execute: int, **settings: Any
+) -> Callable[[Any, np.ndarray, int], np.ndarray]:
     """Actions of a controller that drops the pairs that are solved."""
-    controller, kept = None, None
+    controller, kept, frames = None, None, None
+    # A controller looks at the pictures between blocks, if it has a history, else at those that it plans from. To
+    # draw is most of the work in some environments, so no others are drawn.
+    block = model.config.action_block
+    look = block if model.config.history > 1 else block * execute
 
-    def act(obs: np.ndarray, active: np.ndarray, step: int) -> np.ndarray:
-        nonlocal controller, kept
+    def act(env: Any, active: np.ndarray, step: int) -> np.ndarray:
+        nonlocal controller, kept, frames
+        if step % look == 0:
+            frames = np.stack(env.render())
         if controller is None:
-            controller = Controller(model, goals[active], env_id=env_ids[active], **settings)
+            controller = Controller(model, goals[active], env_id=env_ids[active], execute=execute, **settings)
         elif not active[kept].all():
             controller.keep(active[kept])
         kept = active
-        actions = np.zeros((len(obs), model.config.action_dim), dtype=np.float32)
-        actions[active] = controller(obs[active])
+        actions = np.zeros((len(active), model.config.action_dim), dtype=np.float32)
+        actions[active] = controller(frames[active])
         return actions
 
     return act
 
 
-def _random_actions(protocol: Protocol, n: int, seed: int) -> Callable:
-    """Uniform over the action space; pair i gets the same actions whatever n is."""
-    space = _vector_env(protocol, 1).single_action_space
+def _moved(env: Any, tasks: Tasks) -> np.ndarray:
+    """(n,) in which pairs more than the agent moved; (0,) if the task cannot tell."""
+    moved = getattr(getattr(env.unwrapped, "task_type", None), "moved", None)
+    return np.zeros(0, dtype=bool) if moved is None else np.asarray(moved(tasks.states, tasks.goals), dtype=bool)
+
+
+def _among(moved: list[bool], solved: list[bool], random_solved: list[bool]) -> Moved | None:
+    if not any(moved):
+        return None
+    (rate, interval), (floor, _) = (
+        _rate([s for s, m in zip(all_pairs, moved, strict=True) if m]) for all_pairs in (solved, random_solved)
+    )
+    return Moved(sum(moved), rate, interval, floor)
+
+
+def _random_actions(protocol: Protocol, n: int, seed: int) -> np.ndarray:
+    """(n, budget, A_raw) uniform over the action space; pair i gets the same actions whatever n is."""
+    space = space_of(protocol.env_id)
     shape = (n, protocol.budget, *space.shape)
-    actions = np.random.default_rng(seed).uniform(space.low, space.high, shape).astype(np.float32)
-    return lambda obs, active, step: actions[:, step]
+    return np.random.default_rng(seed).uniform(space.low, space.high, shape).astype(np.float32)
 
 
 def _latency(protocol: Protocol, tasks: Tasks, model: Any, planner: Planner, seed: int) -> dict[str, float]:
     """Milliseconds of plans made one at a time, after one to warm up."""
-    env = _vector_env(protocol, len(tasks.episodes), size=tasks.pictures.shape[1], obs_type="pixels")
-    frames, _ = env.reset(options={"state": tasks.states, "goal": tasks.goals})
+    frames = _pictures(protocol, tasks.states, tasks.pictures.shape[1])
     times = [
         plan(frames[i], tasks.pictures[i], model=model, planner=planner, seed=seed, env_ids=[i]).latency_ms
         for i in (0, *range(len(frames)))
@@ -409,12 +634,78 @@ def _latency(protocol: Protocol, tasks: Tasks, model: Any, planner: Planner, see
     return {name: float(np.percentile(times[1:], q)) for name, q in (("p50", 50), ("p95", 95))}
 
 
-def _protocol(protocol: str | Protocol) -> Protocol:
-    if isinstance(protocol, Protocol):
-        return protocol
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be a Protocol or one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    return PROTOCOLS[protocol]
+def _named(name: str, value: Any, known: dict[str, Any]) -> Any:
+    """What a name stands for; what is none stands for itself."""
+    if not isinstance(value, str):
+        return value
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return known[value]
+
+
+def described(planner: Planner) -> dict[str, Any]:
+    """What `planner_from` makes it of again."""
+    return {"name": type(planner).__name__.lower(), **asdict(planner)}
+
+
+def _training(model: Any) -> Training | None:
+    """From the model's file, which may be from anywhere: None where it does not say all of it."""
+    record, preset = model.meta.get("training") or {}, model.meta.get("preset")
+    if preset not in PRESETS or not isinstance(record.get("config"), dict):
+        return None
+    now = {**asdict(model.config), **record["config"]}
+    before = {k: v for part in configure(preset, model.config.action_dim, {}) for k, v in asdict(part).items()}
+    changes = {name: value for name, value in now.items() if value != before.get(name)}
+    found = {name: record.get(name) for name in ("seed", "steps", "seconds", "device")}
+    try:
+        return _typed("training", {"preset": preset, "changes": changes, **found}, Training)
+    except (ValueError, OverflowError, RecursionError):
+        return None
+
+
+def _command(protocol: Protocol, n: int, planner: Planner, execute: int, seed: int, data: bool) -> str:
+    """The command, or for a protocol that it cannot name the call, that measures the same."""
+    known = PROTOCOLS.get(protocol.name)
+    if known is None or replace(known, pairs=protocol.pairs, env_kwargs=protocol.env_kwargs) != protocol:
+        store = ", data=STORE" if data else ""
+        return f"lewm.evaluate(MODEL, {protocol}, pairs={n}, planner={planner}, execute={execute}, seed={seed}{store})"
+    changes = {
+        name: {k: v for k, v in asdict(planner).items() if v != getattr(known, k)}
+        for name, known in PLANNERS.items()
+        if type(known) is type(planner)
+    }
+    nearest = min(changes, key=lambda name: len(changes[name]))
+    words = ["lewm", "evaluate", "MODEL", "--protocol", protocol.name, "--pairs", str(n)]
+    words += [w for k, v in protocol.env_kwargs.items() for w in ("--env", f"{k}={json.dumps(v)}")]
+    words += ["--planner", nearest]
+    words += [w for k, v in changes[nearest].items() for w in ("--planner", f"{k}={json.dumps(v)}")]
+    words += ["--execute", str(execute), "--seed", str(seed), *(("--data", "STORE") if data else ())]
+    return shlex.join(words)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value from JSON as what an annotation says: plain types, lists, tuples, dicts, dataclasses, `T | None`."""
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any and len(repr(value)) < 1000:  # a setting
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _typed(name, value, of[0])
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind in (bool, int, str) and type(value) is kind:
+        return value
+    if origin is list and isinstance(value, list):
+        return [_typed(name, each, of[0]) for each in value]
+    if origin is tuple and isinstance(value, list) and len(value) == len(of):
+        return tuple(_typed(name, each, one) for each, one in zip(value, of, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(f"{name}[{key!r}]", each, of[1]) for key, each in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        kinds = typing.get_type_hints(kind)
+        if value.keys() != kinds.keys():
+            raise ValueError(f"{name} must have the fields {', '.join(kinds)}, got {', '.join(value)}")
+        return kind(**{key: _typed(key, each, kinds[key]) for key, each in value.items()})
+    raise ValueError(f"{name} must be {kind if of else kind.__name__}, got {value!r}")
 
 
 def _versions() -> dict[str, str]:

@@ -101,7 +101,7 @@ class TaskVectorEnv(VectorEnv):
         else:
             self._shared = job.arrays(bytearray(job.bytes()))
             self._groups = [_Group(task(**settings), job, self._shared, 0, num_envs)]
-        self._task = self._groups[0].task if isinstance(self._groups[0], _Group) else task(**settings)
+        self._task = task(**settings)  # to check and to draw; those of the environments stay where they are
         self._begun = False
 
     def reset(

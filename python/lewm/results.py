@@ -1,0 +1,204 @@
+"""What result JSONs say together: the paired difference of two, and the table of all (RESULTS.md)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from lewm.evaluation import PROTOCOLS, Result, wilson
+
+__all__ = ["Comparison", "compare", "table"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two results on the same pairs; `a - b` throughout.
+
+    Attributes:
+        difference: Of the success rates.
+        interval: Its 95 % interval, `paired_interval`.
+        p_value: Of McNemar's exact test, two-sided: how likely the pairs that only one solved are to be shared out as
+            unevenly as this, or more, if each fell to either by a fair coin.
+        n: Number of pairs.
+        both, only_a, only_b, neither: How many of them were solved by which.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+    n: int
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"a - b: {100 * self.difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] "
+            f"(95 % interval of the paired difference), McNemar's exact p {self.p_value:.3g}\n"
+            f"of {self.n} pairs: both solved {self.both}, only a {self.only_a}, only b {self.only_b}, "
+            f"neither {self.neither}"
+        )
+
+
+def compare(a: Result | str | os.PathLike[str], b: Result | str | os.PathLike[str]) -> Comparison:
+    """How much more often `a` solved the same pairs than `b` did.
+
+    Args:
+        a, b: Results, or the paths of result JSONs.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A file is no result, or the two are not of the same protocol and pairs; the text says what differs.
+    """
+    a, b = (each if isinstance(each, Result) else Result.load(each) for each in (a, b))
+    if differing := _differences(a, b):
+        raise ValueError(f"a and b must be results on the same pairs of one protocol, but differ in {differing}")
+    both = sum(x and y for x, y in zip(a.success, b.success, strict=True))
+    counts = both, sum(a.success) - both, sum(b.success) - both, a.n - sum(a.success) - sum(b.success) + both
+    return Comparison(
+        a.success_rate - b.success_rate, paired_interval(*counts), mcnemar(counts[1], counts[2]), a.n, *counts
+    )
+
+
+def paired_interval(both: int, only_a: int, only_b: int, neither: int) -> tuple[float, float]:
+    """95 % interval of the difference of two success rates on the same pairs, low and high in [-1, 1].
+
+    Method 10 of R. G. Newcombe, "Improved confidence intervals for the difference between binomial proportions based
+    on paired data", Statistics in Medicine 17 (1998), 2635-2650: the distances from each rate to its Wilson limits are
+    added as the sides of a triangle are, whose angle is the correlation of the two, corrected for continuity where it
+    is positive.
+    """
+    n = both + only_a + only_b + neither
+    rate_a, rate_b = (both + only_a) / n, (both + only_b) / n
+    (low_a, high_a), (low_b, high_b) = wilson(both + only_a, n), wilson(both + only_b, n)
+    covariance = both * neither - only_a * only_b
+    if covariance > 0:
+        covariance = max(covariance - n / 2, 0)
+    spread = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    correlation = covariance / math.sqrt(spread) if spread else 0.0
+
+    def side(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
+
+    difference = rate_a - rate_b
+    return (
+        max(-1.0, difference - side(rate_a - low_a, high_b - rate_b)),
+        min(1.0, difference + side(high_a - rate_a, rate_b - low_b)),
+    )
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p of McNemar's exact test: twice the smaller tail of Binomial(only_a + only_b, 1/2), at most 1."""
+    n = only_a + only_b
+    log_ways = [
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(only_a, only_b) + 1)
+    ]
+    return min(1.0, 2 * math.fsum(math.exp(ways - n * math.log(2)) for ways in log_ways))
+
+
+def _differences(a: Result, b: Result) -> str:
+    """What keeps two results from being compared; empty if nothing does."""
+    # How many pairs a protocol has by default is not what was solved.
+    one, other = (replace(result.protocol, pairs=result.n) for result in (a, b))
+    found = [
+        f"{name} ({getattr(one, field.name)!r} and {getattr(other, field.name)!r})"
+        for field in fields(one)
+        for name in [{"name": "protocol", "pairs": "n"}.get(field.name, field.name)]
+        if getattr(one, field.name) != getattr(other, field.name)
+    ]
+    if a.data != b.data:
+        found.append(f"data ({a.data} and {b.data})")
+    if not found and a.pairs != b.pairs:
+        i = next(i for i, (x, y) in enumerate(zip(a.pairs, b.pairs, strict=True)) if x != y)
+        found.append(f"pairs (pair {i} is {a.pairs[i]} and {b.pairs[i]})")
+    return ", ".join(found)
+
+
+# ----------------------------------------------------------------------------------------------------------- RESULTS.md
+
+_HEAD = """# Results
+
+Made by `lewm results results --out RESULTS.md` from the files that `lewm evaluate --out` wrote; never edited by hand.
+
+Solved: share of n start/goal pairs, with its 95 % Wilson interval; the pairs are from fresh episodes of the protocol,
+which no training can have seen, unless a task says "pairs from" a data set. Random: uniform actions on the same pairs,
+and how many pairs count as solved at the start. Moved: the pairs in which more than the agent moved, where the task can
+tell; a model that sees the agent alone solves few of them. Plan: median time of one plan for one environment.
+`lewm compare` gives the paired difference of two results.
+"""
+_COLUMNS = ("task", "method", "solved", "n", "random", "moved", "training", "plan", "model", "command")
+
+
+def table(folder: str | os.PathLike[str]) -> str:
+    """The text of RESULTS.md: a row for each result JSON in a folder, by task and method.
+
+    Raises:
+        NotADirectoryError: There is no such folder.
+        ValueError: A file named *.json in it is no result.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"results must be a folder of result JSONs, got {folder}")
+    # By name first, so that equal rows have an order too.
+    found = [Result.load(path) for path in sorted(folder.glob("*.json"))]
+    tasks = list(PROTOCOLS)
+    found.sort(
+        key=lambda r: (
+            tasks.index(r.protocol.name) if r.protocol.name in tasks else len(tasks),
+            r.protocol.name,
+            _method(r),
+        )
+    )
+    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_row, found)] if found else [("No results yet.",)]
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" if found else row[0] for row in rows]
+    return _HEAD + "\n" + "\n".join(lines) + "\n"
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    protocol, planner, training, moved = result.protocol, result.planner, result.training, result.moved
+    task = [protocol.name, *_settings(protocol.env_kwargs)]
+    if result.data is not None:
+        task.append(f"pairs from {result.data[:12]}")
+    search = f"{planner['name'].upper()} {planner['samples']} x {planner['iterations']}"
+    blocks = f"{result.execute} of {planner['horizon']} blocks executed"
+    machine = [result.backend, result.precision, result.versions.get("cpu", "")]
+    return (
+        ", ".join(task),
+        _method(result),
+        f"**{result.success_rate:.1%}** {_interval(result.interval)}",
+        str(result.n),
+        f"{result.random_floor:.1%}; {result.solved_at_start} at the start",
+        f"{moved.success_rate:.1%} {_interval(moved.interval)} of {moved.n}; random {moved.random_floor:.1%}"
+        if moved
+        else "",
+        f"{training.steps:,} steps, {training.seconds:,.0f} s, {training.device}" if training else "",
+        f"{result.plan_ms['p50']:.3g} ms: {search}, {blocks}; {' '.join(filter(None, machine))}",
+        result.model_hash[:12],
+        f"`{result.command.replace('`', '')}`",
+    )
+
+
+def _method(result: Result) -> str:
+    training = result.training
+    if training is None:
+        return "unknown"
+    return ", ".join([training.preset, *_settings(training.changes), f"seed {training.seed}"])
+
+
+def _settings(settings: dict[str, object]) -> list[str]:
+    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"[{interval[0]:.1%}, {interval[1]:.1%}]"
+
+
+def _cell(text: str) -> str:
+    """Text from a file that keeps to its cell."""
+    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return text.encode("utf-8", "replace").decode()
