@@ -43,8 +43,8 @@ def theirs():
         width=64,
         height=64,
     )
-    env._ob_type, built = "states", env.build_mjcf_model()  # a reset shall not draw
-    env._mjcf_model = built
+    env._mjcf_model = env.build_mjcf_model()
+    env._ob_type = "states"  # a reset shall not draw
     env.reset(seed=0)
     yield env
     if env._renderer is not None:
