@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ SCENE = f"""
 import os, sys
 import lewm.envs.rendering as rendering
 def scene(look="official"):
+    rendering.choose_gl()
     import mujoco
     model = mujoco.MjModel.from_xml_string('''{MODEL}''')
     data = mujoco.MjData(model)
@@ -183,6 +185,16 @@ def test_exit_without_close_is_silent(scene):
     scene("official")
     code = "r, d = scene(); print(r.draw(d, 16).mean() > 0); other, d2 = scene('light'); other.draw(d2, 16)"
     assert run(code) == ("True\n", "")
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_triton_can_be_imported_after_a_picture(scene, look):
+    pytest.importorskip("triton")
+    scene(look)
+    for first in ("", "rendering.choose_gl(); import dm_control.mujoco; "):  # which starts EGL by itself
+        code = f"{first}r, d = scene({look!r}); r.draw(d, 16); import triton, triton._C.libtriton; print('both')"
+        if not first or importlib.util.find_spec("dm_control"):
+            assert run(code)[0] == "both\n"  # without care it dies: Mesa and Triton bring two versions of LLVM
 
 
 def test_mujoco_imported_before_the_choice(scene):

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import abc
 import atexit
+import contextlib
 import ctypes
-import ctypes.util
+import functools
 import importlib
+import importlib.util
 import os
 import sys
 import weakref
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -58,6 +61,8 @@ def choose_gl() -> str:
     # Mesa's rasteriser threads do not survive a fork, and workers that share the cores need none.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     chosen = os.environ.get("MUJOCO_GL", "")
+    if sys.platform == "linux":
+        _load_triton()
     if not chosen and sys.platform == "linux":
         chosen = next((gl for gl in _GL_FILES if installed(gl)), "")
         if chosen:
@@ -161,6 +166,22 @@ def _use(gl: str) -> None:
         from mujoco.rendering.classic import gl_context
 
         gl_context.GLContext = importlib.import_module(f"mujoco.{gl}").GLContext
+
+
+@functools.cache
+def _load_triton() -> None:
+    """Loads Triton's library, where there is one, ahead of Mesa's.
+
+    Both bring an LLVM. Mesa offers the names in its own to every library that comes later, and Triton, imported after
+    the first picture, would take them and crash. In this order both keep to their own.
+    """
+    triton = importlib.util.find_spec("triton") if sys.modules.get("triton", ...) is ... else None
+    if triton is None or "libLLVM" in Path("/proc/self/maps").read_text():  # not there, or too late
+        return
+    for folder in triton.submodule_search_locations or ():
+        for file in Path(folder, "_C").glob("libtriton*.so"):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(file))
 
 
 def _check_fork(gl: str) -> None:
