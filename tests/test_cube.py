@@ -1,3 +1,4 @@
+import sys
 import warnings
 
 import gymnasium
@@ -244,6 +245,12 @@ def test_bad_states(task, place, value, message):
     with pytest.raises(ValueError, match=message):
         env.reset(options={"state": state})
     env.close()
+
+
+def test_a_missing_package_is_the_line_that_installs_it(task, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ogbench", None)
+    with pytest.raises(ModuleNotFoundError, match=r'Cube-v0 needs ogbench.*pip install "lewm-fast\[envs\]"$'):
+        type(task._engine).make("light")
 
 
 def test_factors(episode):

@@ -1,4 +1,5 @@
 import gc
+import sys
 import warnings
 
 import gymnasium
@@ -221,6 +222,12 @@ def test_bad_states(state, message):
 def test_unknown_look():
     with pytest.raises(ValueError, match=r"look must be one of light, official, got 'dark'"):
         Reacher(look="dark")
+
+
+def test_a_missing_package_is_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(ModuleNotFoundError, match=r'Reacher-v0 needs mujoco.*pip install "lewm-fast\[envs\]"$'):
+        ReacherEnv()
 
 
 def test_factors(task):
