@@ -142,7 +142,7 @@ def test_bad_options(options, text):
 
 def test_bad_calls():
     env = PushTEnv()
-    with pytest.raises(gymnasium.error.ResetNeeded, match="PushT was stepped or drawn before its first reset"):
+    with pytest.raises(gymnasium.error.ResetNeeded, match="lewm/PushT-v0 was stepped or drawn before its first reset"):
         env.step(np.zeros(2))
     env.reset(seed=0)
     with pytest.raises(ValueError, match=r"action must be of shape \(2,\), got \(3,\)"):
@@ -163,7 +163,10 @@ def test_a_missing_package_is_one_line(tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 1
-    assert 'lewm/PushT-v0 needs the package pymunk: pip install "lewm-fast[envs]"' in run.stderr.splitlines()[-1]
+    assert (
+        'lewm/PushT-v0 needs pymunk, which is not installed: pip install "lewm-fast[envs]"'
+        in run.stderr.splitlines()[-1]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ pusher

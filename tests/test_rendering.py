@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lewm.envs import rendering
-from lewm.envs.rendering import GL_PACKAGES, LOOKS, Renderer, choose_gl, halved, package
+from lewm.envs.rendering import GL_PACKAGES, LOOKS, Renderer, choose_gl, halved
+from lewm.envs.task import package
 
 MODEL = """
 <mujoco><worldbody><light pos="0 0 3"/><camera name="top" pos="0 0 2"/>

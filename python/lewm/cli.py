@@ -36,7 +36,11 @@ def collect(
     size: Annotated[int, typer.Option(help="Side of a frame, in pixels.")] = 64,
     seed: _Seed = 0,
     policy: Annotated[str, typer.Option(help="expert or random.")] = "expert",
-    max_steps: Annotated[int, typer.Option(help="Steps per episode at most.")] = 100,
+    max_steps: Annotated[int | None, typer.Option(help="Steps per episode; by default its limit.")] = None,
+    env_setting: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="NAME=VALUE", help="For the environment, as look=light."),
+    ] = None,
     card: Annotated[bool, typer.Option(help="Also write a data card beside the store, as `lewm data card`.")] = True,
 ) -> None:
     """Collect episodes into a store. Run again after an interruption, it makes the missing ones."""
@@ -46,7 +50,15 @@ def collect(
     before, started = _frames(path), time.perf_counter()
     with Bar("episodes") as bar:
         data = collect(
-            env, path, episodes=episodes, size=size, seed=seed, policy=policy, max_steps=max_steps, progress=bar.collect
+            env,
+            path,
+            episodes=episodes,
+            size=size,
+            seed=seed,
+            policy=policy,
+            max_steps=max_steps,
+            env_kwargs=_settings(env_setting or []),
+            progress=bar.collect,
         )
     speed = (data.frame_count - before) / (time.perf_counter() - started)
     typer.echo(
@@ -209,6 +221,14 @@ def demo(
     from lewm.demo import demo
 
     demo(out, seed=seed, steps=steps)
+
+
+@app.command()
+def doctor() -> None:
+    """What of lewm works on this machine, and what to install for the rest."""
+    from lewm.doctor import report
+
+    typer.echo(report())
 
 
 @data_app.command("info")

@@ -37,13 +37,14 @@ def collect(
     seed: int = 0,
     policy: str | Policy = "expert",
     num_envs: int | None = None,
-    max_steps: int = 100,
+    max_steps: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Dataset:
     """Collects whole episodes into the trajectory store at `path`, and goes on where an earlier call stopped.
 
-    An episode ends with success or after `max_steps` steps. All its randomness comes from (seed, episode number),
+    An episode ends after `max_steps` steps, or with success in an environment whose policy has nothing more to do then
+    (`whole_episodes` is not set: TwoRoom). All its randomness comes from (seed, episode number),
     so the same arguments give the same store, whatever `num_envs` is and however often the work was interrupted:
     Ctrl-C leaves every episode that was finished, and the same call again adds those that are missing.
 
@@ -60,7 +61,7 @@ def collect(
             for each row: what row i draws from `rngs[i]` is what makes the store reproducible. Actions are clipped
             to the action bounds and stored so.
         num_envs: Environments that run at once; None chooses up to 32, fewer where pictures are large.
-        max_steps: Longest episode, in steps.
+        max_steps: Longest episode, in steps; by default the environment's own limit, or 100 where it has none.
         env_kwargs: Further arguments for the environment, such as `{"goal_rule": "anywhere"}`; plain JSON data.
         progress: Called as `progress(done, total, frames)` after each episode: episodes in the store, episodes
             wanted, and frames that this call has written.
@@ -74,13 +75,12 @@ def collect(
             or without a vector form, a policy whose actions have another shape or are NaN, or a store that was
             made with other arguments (the message names them) or already holds more episodes.
     """
-    for name, value, least in (
-        ("episodes", episodes, 1),
-        ("size", size, 8),
-        ("seed", seed, 0),
-        ("max_steps", max_steps, 1),
-    ):
+    for name, value, least in (("episodes", episodes, 1), ("size", size, 8), ("seed", seed, 0)):
         integer(name, value, least)
+    space_of(env_id)
+    max_steps = integer(
+        "max_steps", (gymnasium.spec(env_id).max_episode_steps or 100) if max_steps is None else max_steps, 1
+    )
     if num_envs is None:
         num_envs = min(32, max(1, _BATCH_BYTES // ((max_steps + 1) * size * size * 3)))
     integer("num_envs", num_envs, 1)
@@ -119,7 +119,9 @@ def collect(
     return Dataset(path)
 
 
-def generate(env: VectorEnv, policy: Policy, *, seed: int, episodes: range, max_steps: int) -> Iterator[Episode]:
+def generate(
+    env: VectorEnv, policy: Policy, *, seed: int, episodes: range, max_steps: int, past_success: bool | None = None
+) -> Iterator[Episode]:
     """Yields the given episodes in order, as many at a time as `env` has environments.
 
     Args:
@@ -128,7 +130,9 @@ def generate(env: VectorEnv, policy: Policy, *, seed: int, episodes: range, max_
         seed: Of the whole data set.
         episodes: Numbers of the episodes wanted.
         max_steps: Longest episode, in steps; the environment truncates there.
+        past_success: Whether episodes go on after success, by default as the environment's `whole_episodes` says.
     """
+    past_success = getattr(env, "whole_episodes", False) if past_success is None else past_success
     low, high = env.single_action_space.low, env.single_action_space.high
     count = env.num_envs
     for first in episodes[::count]:
@@ -157,7 +161,8 @@ def generate(env: VectorEnv, policy: Policy, *, seed: int, episodes: range, max_
             frames[:, step + 1] = obs
             for name in names:
                 columns[name][:, step + 1] = info[name]
-            lengths[(lengths == 0) & (terminated | truncated)] = step + 1
+            over = truncated if past_success else terminated | truncated
+            lengths[(lengths == 0) & over] = step + 1
             if lengths.all():
                 break
         for i, length in enumerate(lengths[: episodes.stop - first]):
@@ -169,7 +174,6 @@ def generate(env: VectorEnv, policy: Policy, *, seed: int, episodes: range, max_
 
 
 def _make(env_id: str, num_envs: int, *, size: int, max_steps: int, env_kwargs: dict[str, Any]) -> VectorEnv:
-    space_of(env_id)
     try:
         return gymnasium.make_vec(
             env_id,

@@ -453,22 +453,12 @@ def _fresh(protocol: Protocol, numbers: range, at_once: int) -> Iterator[_Pair]:
     key = (protocol.seed, 0, 0, 0, 0)
     steps = gymnasium.spec(protocol.env_id).max_episode_steps or protocol.goal_offset
     with closing(_vector_env(protocol, at_once, obs_type="state", max_episode_steps=steps)) as env:
-        policy = env.expert_policy()
-        env = _PastSuccess(env) if protocol.past_success else env
-        for number, episode in zip(
-            numbers, generate(env, policy, seed=key, episodes=numbers, max_steps=steps), strict=True
-        ):
+        whole = protocol.past_success or None
+        made = generate(env, env.expert_policy(), seed=key, episodes=numbers, max_steps=steps, past_success=whole)
+        for number, episode in zip(numbers, made, strict=True):
             states = episode.columns["state"]
             if len(states) > protocol.goal_offset:
                 yield _pair(protocol, number, states)
-
-
-class _PastSuccess(gymnasium.vector.VectorWrapper):
-    """Nothing but the limit ends an episode."""
-
-    def step(self, actions: np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        obs, rewards, terminated, truncated, info = self.env.step(actions)
-        return obs, rewards, np.zeros_like(terminated), truncated, info
 
 
 def _data_tasks(protocol: Protocol, data: Any, model: Any, pairs: int | None) -> Tasks:

@@ -6,9 +6,13 @@ import importlib
 
 import numpy as np
 
-TWO_ROOM, PUSH_T = "lewm/TwoRoom-v0", "lewm/PushT-v0"
-
-_MODULES = {TWO_ROOM: "two_room:TwoRoom", PUSH_T: "push_t:PushT"}
+# By id: module and class, and the longest episode in steps, which is that of the published data.
+_ENVIRONMENTS = {
+    "lewm/TwoRoom-v0": ("two_room", "TwoRoom", 100),
+    "lewm/PushT-v0": ("push_t", "PushT", 100),
+    "lewm/Reacher-v0": ("reacher", "Reacher", 200),
+    "lewm/Cube-v0": ("cube", "Cube", 200),
+}
 
 
 def factors(env_id: str | None, states: np.ndarray) -> dict[str, np.ndarray]:
@@ -16,25 +20,24 @@ def factors(env_id: str | None, states: np.ndarray) -> dict[str, np.ndarray]:
 
     {"state": states} where the environment is not one of these.
     """
-    if env_id not in _MODULES or env_id == TWO_ROOM:
+    module, name, _ = _ENVIRONMENTS.get(env_id or "", ("", "TwoRoom", 0))
+    if name == "TwoRoom":
         return {"state": states}
-    module, _, name = _MODULES[env_id].partition(":")
     return getattr(importlib.import_module(f"lewm.envs.{module}"), name).factors(states)
 
 
 def register() -> None:
     """Registers `lewm/...` with gymnasium; calling it again does nothing.
 
-    The limit of 100 steps is the paper's (section 5, data of TwoRoom). What an environment needs is imported when it is
-    made.
+    What an environment needs is imported when it is made.
     """
     from gymnasium.envs import registration
 
-    for name, place in _MODULES.items():
-        if name not in registration.registry:
+    for env_id, (module, name, steps) in _ENVIRONMENTS.items():
+        if env_id not in registration.registry:
             registration.register(
-                name,
-                entry_point=f"lewm.envs.{place}Env",
-                vector_entry_point=f"lewm.envs.{place}VectorEnv",
-                max_episode_steps=100,
+                env_id,
+                entry_point=f"lewm.envs.{module}:{name}Env",
+                vector_entry_point=f"lewm.envs.{module}:{name}VectorEnv",
+                max_episode_steps=steps,
             )

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lewm.envs.rendering import Engine, EngineTask, package
-from lewm.envs.task import TaskEnv
+from lewm.envs.rendering import Engine, EngineTask
+from lewm.envs.task import TaskEnv, package
 from lewm.envs.vector import TaskVectorEnv
 
 SUCCESS_DISTANCE = 0.04

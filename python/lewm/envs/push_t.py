@@ -14,16 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lewm.envs.task import Task, TaskEnv
+from lewm.envs.task import Task, TaskEnv, package
 from lewm.envs.vector import TaskVectorEnv
-
-try:
-    import cv2
-    import pymunk
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f'lewm/PushT-v0 needs the package {error.name}: pip install "lewm-fast[envs]"', name=error.name
-    ) from None
 
 EXTENT = 512.0  # side of the square, in units
 REACH = 100.0  # how far off the target of action 1 is, per axis
@@ -53,8 +45,12 @@ class PushT(Task):
     than 20 units from the goal's, and the block's angle less than 20 degrees.
     """
 
-    name, unit, state_dim, seconds = "PushT", "units", 7, 0.1
+    name, unit, state_dim, seconds = "lewm/PushT-v0", "units", 7, 0.1
     action_low, action_high = np.full(2, -1.0, np.float32), np.full(2, 1.0, np.float32)
+
+    def __init__(self) -> None:
+        self._pymunk = package("pymunk", self.name)
+        package("cv2", self.name)
 
     def draw_state(self, rng: np.random.Generator) -> np.ndarray:
         agent, block = rng.uniform(50, 450, 2), rng.uniform(100, 400, 2)
@@ -70,6 +66,7 @@ class PushT(Task):
 
     def set_state(self, state: np.ndarray) -> None:
         # A new space each time: contacts that it remembers would change what comes next.
+        pymunk = self._pymunk
         self._space = space = pymunk.Space()
         space.damping = 0
         low, high = _WALLS
@@ -175,6 +172,8 @@ def _cells(size: int, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np
 def _draw(
     frame: np.ndarray, cells: tuple[np.ndarray, np.ndarray], shapes: list[np.ndarray], agent: np.ndarray | None
 ) -> None:
+    import cv2
+
     (left, top), (right, bottom) = cells
     if left >= right or top >= bottom:
         return
@@ -196,6 +195,8 @@ def _draw(
 
 
 def _scaled(part: np.ndarray, shape: tuple[int, int], size: int) -> np.ndarray:
+    import cv2
+
     # The official picture takes the nearest four canvas pixels for each of its own.
     return cv2.resize(part, shape, interpolation=cv2.INTER_LINEAR if size == 224 else cv2.INTER_AREA)
 
@@ -203,6 +204,8 @@ def _scaled(part: np.ndarray, shape: tuple[int, int], size: int) -> np.ndarray:
 @functools.lru_cache(maxsize=16)
 def _floor(size: int) -> np.ndarray:
     """What never moves: the painted T and the walls."""
+    import cv2
+
     if size != _CANVAS:
         return _scaled(_floor(_CANVAS), (size, size), size)
     canvas = np.full((_CANVAS, _CANVAS, 3), _FLOOR, np.uint8)

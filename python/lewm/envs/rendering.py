@@ -18,12 +18,11 @@ import os
 import sys
 import weakref
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 
-from lewm.envs.task import Task, choice
+from lewm.envs.task import Task, choice, package
 
 LOOKS = ("light", "official")
 GL_PACKAGES = {"egl": "libegl1 libopengl0 libgl1-mesa-dri", "osmesa": "libosmesa6"}  # Debian's names
@@ -33,20 +32,6 @@ _INSTALL_GL = f"on Debian or Ubuntu: apt install {GL_PACKAGES['egl']} (or {GL_PA
 _drew: int | None = None  # the process that made the first GL context
 _live: weakref.WeakSet[Renderer] = weakref.WeakSet()
 _inherited: list[Any] = []  # contexts of the process that this one was forked from: not to be touched, nor freed
-
-
-def package(name: str, needed_by: str) -> ModuleType:
-    """Imports a package of the extra `envs`.
-
-    Raises:
-        ModuleNotFoundError: It is not there; the message says what to install.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{needed_by} needs {error.name}, which is not installed: pip install "lewm-fast[envs]"', name=error.name
-        ) from None
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing

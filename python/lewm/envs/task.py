@@ -8,8 +8,10 @@ a goal is a state too, of which only what `success` looks at counts.
 from __future__ import annotations
 
 import abc
+import importlib
 import sys
 import time
+from types import ModuleType
 from typing import Any, ClassVar
 
 import gymnasium
@@ -253,6 +255,20 @@ def checked_size(task: type[Task], size: int) -> int:
     """`size` as a side that the task can draw."""
     low, high = task.sizes
     return integer("size", size, low, high + 1)
+
+
+def package(name: str, needed_by: str) -> ModuleType:
+    """Imports a package of the extra `envs`.
+
+    Raises:
+        ModuleNotFoundError: It is not there; the message says what to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{needed_by} needs {error.name}, which is not installed: pip install "lewm-fast[envs]"', name=error.name
+        ) from None
 
 
 def choice(name: str, value: Any, known: tuple[Any, ...]) -> Any:

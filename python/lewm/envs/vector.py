@@ -61,6 +61,7 @@ class TaskVectorEnv(VectorEnv):
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
     task_type: ClassVar[type[Task]]
+    whole_episodes: ClassVar[bool] = True  # what is collected goes on after success: so do the tasks' policies
 
     def __init__(
         self,
@@ -97,7 +98,8 @@ class TaskVectorEnv(VectorEnv):
                 cuts = [num_envs * i // workers for i in range(workers + 1)]
                 spans = list(itertools.pairwise(cuts))
                 self._groups = [_Worker(job, file.fileno(), *span) for span in spans]
-            self._memory = memory
+                self._memory = memory
+                self._wait()  # until all have mapped the memory
         else:
             self._shared = job.arrays(bytearray(job.bytes()))
             self._groups = [_Group(task(**settings), job, self._shared, 0, num_envs)]
@@ -164,6 +166,9 @@ class TaskVectorEnv(VectorEnv):
     def _all(self, order: str, *arguments: Any) -> None:
         for group in self._groups:
             group.begin(order, *arguments)
+        self._wait()
+
+    def _wait(self) -> None:
         failed = [error for group in self._groups if (error := group.end()) is not None]
         if failed:
             raise failed[0]
@@ -310,8 +315,6 @@ class _Worker:
         )
         self._orders, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
         self._end = weakref.finalize(self, _end, self._process, self._orders, self._answers)
-        if (error := self.end()) is not None:  # until it has mapped the memory
-            raise error
 
     def begin(self, order: str, *arguments: Any) -> None:
         """Orders it."""
@@ -324,7 +327,7 @@ class _Worker:
         if not answer:
             return RuntimeError(f"a worker of the vector environment has ended with code {self._process.wait()}")
         kind, text = json.loads(answer)
-        known = {"ValueError": ValueError, "ModuleNotFoundError": ModuleNotFoundError}
+        known = {"ValueError": ValueError, "ModuleNotFoundError": ModuleNotFoundError, "OSError": OSError}
         return None if kind is None else known.get(kind, RuntimeError)(text)
 
     def close(self) -> None:
