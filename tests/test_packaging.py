@@ -113,7 +113,8 @@ def test_wheel_listing(wheel):
     native = {name for name in names if name.startswith("lewm/_core.abi3.")}
     assert len(native) == 1
     package = {name for name in names if ".dist-info/" not in name and ".libs/" not in name}
-    assert package == modules | kernels | native | {"lewm/py.typed", "lewm/_core.pyi"}
+    assets = {f"lewm/envs/assets/{name}" for name in ("LICENSE", "reacher.xml")}
+    assert package == modules | kernels | native | assets | {"lewm/py.typed", "lewm/_core.pyi"}
 
 
 @pytest.mark.slow
