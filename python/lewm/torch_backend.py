@@ -68,16 +68,22 @@ class TorchBackend:
         return torch.cat(list(self._rollouts(z, candidates, past_actions))).unflatten(0, candidates.shape[:2])
 
     @torch.no_grad()
-    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None) -> Tensor:
-        """Terminal costs (E, S) of candidates, without keeping the trajectories."""
+    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None, cost: str = "latent") -> Tensor:
+        """Terminal costs (E, S) of candidates, without keeping the trajectories; `cost` is "latent" or "distance"."""
         z, candidates, goal = self.tensor(z), self.tensor(candidates), self.tensor(goal)
         goals = goal.repeat_interleave(candidates.shape[1], 0)
         costs, done = [], 0
         for part in self._rollouts(z, candidates, past_actions):
             last = part[:, -1]
-            costs.append((last - goals[done : done + len(last)]).square().sum(-1))
+            costs.append(self.cost(last, goals[done : done + len(last)], cost))
             done += len(last)
         return torch.cat(costs).unflatten(0, candidates.shape[:2])
+
+    @torch.no_grad()
+    def cost(self, z: Any, goal: Any, cost: str) -> Tensor:
+        """Costs (...) of latents (..., D) for goals (..., D)."""
+        z, goal = self.tensor(z), self.tensor(goal)
+        return self.network.distance(z, goal) if cost == "distance" else (z - goal).square().sum(-1)
 
     def _rollouts(self, z: Tensor, candidates: Tensor, past_actions: Any | None) -> Any:
         environments, samples = candidates.shape[:2]

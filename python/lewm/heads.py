@@ -1,0 +1,123 @@
+"""Small heads on frozen latents, trained in seconds when the world model is done; each optional.
+
+The temporal-distance head (`ModelConfig.distance_head`) is a map under which the distance of two latents is the number
+of action blocks that it takes to get from one to the other. Squared latent distance saturates when the goal is far and
+does not know of walls; a planner whose goal is many plans ahead needs a cost that does. It is a metric: zero at the goal
+and symmetric by construction, and the triangle inequality carries over from pairs within an episode to all others.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lewm.network import LeWM
+
+HEADS = ("distance_head",)
+# Frames that heads learn from, at most: as many are encoded and held in memory.
+FRAMES = 100_000
+STEPS, BATCH, LEARNING_RATE, WARMUP = 1500, 512, 1e-3, 50
+# Of the times that episodes took between alike places, the head estimates a short one (an expectile): what a planner can
+# do, not what a noisy policy did on average.
+EXPECTILE = 0.1
+_LOG_EVERY = 100
+
+
+class Episodes:
+    """Latents of whole episodes, one after the other, and random pairs of frames of one episode.
+
+    Args:
+        latents: (frames, D) of each episode, at least two frames each.
+        block: Raw steps in an action block.
+    """
+
+    def __init__(self, latents: Sequence[Tensor], block: int) -> None:
+        self.z = torch.cat(list(latents))
+        self._lengths = np.array([len(z) for z in latents])
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._block = block
+
+    def pairs(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (count, D) of earlier and later frames, and the blocks between them (count,): all gaps, uniformly."""
+        episode = rng.choice(len(self._lengths), count, p=self._lengths / self._lengths.sum())
+        length = self._lengths[episode]
+        one = (rng.random(count) * length).astype(np.int64)
+        other = (one + 1 + (rng.random(count) * (length - 1)).astype(np.int64)) % length
+        first, last = np.minimum(one, other), np.maximum(one, other)
+        at = (torch.from_numpy(self._starts[episode] + i).to(self.z.device) for i in (first, last))
+        now, later = (self.z[i] for i in at)
+        blocks = torch.from_numpy((last - first) / self._block).to(self.z)
+        return now, later, blocks
+
+
+def train_heads(
+    network: LeWM, train: Episodes, held_out: Episodes | None, seed: int, log: Path | None = None
+) -> dict[str, float]:
+    """Trains the heads that the network has; nothing else of it changes. A function of its arguments alone.
+
+    Args:
+        network: In eval mode; the heads' parameters are trained from where they are.
+        train: What to learn from.
+        held_out: What to measure on.
+        seed: Of the batches.
+        log: A CSV file to write the losses to.
+
+    Returns:
+        The metrics to report: for each head its last loss and its held-out correlation.
+    """
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, float] = {}
+    if network.config.distance_head:
+        rng = np.random.default_rng((seed, 2))
+        loss = _fit(network.distance_head, lambda: distance_loss(network, *train.pairs(rng, BATCH)), rows, "distance")
+        metrics["distance_head_loss"] = loss
+        if held_out is not None:
+            metrics["distance_head_correlation"] = distance_correlation(network, held_out, np.random.default_rng(seed))
+    if log is not None:
+        with log.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ("head", "step", "loss"), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return metrics
+
+
+def distance_loss(network: LeWM, now: Tensor, later: Tensor, blocks: Tensor) -> Tensor:
+    """Expectile regression of the time between frames, in its logarithm: near the goal a block counts as much as many
+    do far away."""
+    error = blocks.log1p() - network.distance(now, later).log1p()
+    return (torch.where(error < 0, 1 - EXPECTILE, EXPECTILE) * error.square()).mean()
+
+
+@torch.no_grad()
+def distance_correlation(network: LeWM, held_out: Episodes, rng: np.random.Generator) -> float:
+    """Correlation of estimated and true time between frames of the same episode, both in logarithms."""
+    now, later, blocks = held_out.pairs(rng, 4096)
+    estimated = network.distance(now, later)
+    return float(np.corrcoef(np.log1p(estimated.cpu().numpy()), np.log1p(blocks.cpu().numpy()))[0, 1])
+
+
+def _fit(head: nn.Module, loss_of: Callable[[], Tensor], rows: list[dict[str, Any]], name: str) -> float:
+    """AdamW with a short warm-up and a cosine to zero; gives the last loss."""
+    head.requires_grad_(True)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=1e-3)
+    for step in range(STEPS):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        for group in optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * cosine * min(1.0, (step + 1) / WARMUP)
+        loss = loss_of()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        if (step + 1) % _LOG_EVERY == 0 or step + 1 == STEPS:
+            rows.append({"head": name, "step": step + 1, "loss": loss.item()})
+            if not math.isfinite(rows[-1]["loss"]):
+                raise FloatingPointError(f"at step {step + 1} the loss of the {name} head is {rows[-1]['loss']}")
+    optimiser.zero_grad(set_to_none=True)
+    return float(rows[-1]["loss"])
