@@ -15,6 +15,7 @@ _LARGEST = {
     "history": 1024,
     "action_dim": 65536,
     "action_block": 4096,
+    "prior_blocks": 1024,
 }
 _LARGEST_WIDTH = 65536
 
@@ -40,6 +41,9 @@ class ModelConfig:
             their fan-in, sin-cos positions), with which a narrow encoder finds what moves in few steps.
         distance_head: Whether it has a head that estimates the time between two latents, which plans are then scored
             with (`lewm.heads`).
+        action_prior: Whether it has a head that guesses the actions from one latent to another, which searches then
+            start from.
+        prior_blocks: Blocks that this head guesses.
         head_hidden: Hidden width of the heads.
     """
 
@@ -64,6 +68,8 @@ class ModelConfig:
     dropout: float = 0.1
     init: str = "official"
     distance_head: bool = False
+    action_prior: bool = False
+    prior_blocks: int = 5
     head_hidden: int = 256
 
     def __post_init__(self) -> None:
@@ -71,7 +77,7 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.name in ("dropout", "init"):
                 continue
-            if field.name == "distance_head":
+            if field.name in ("distance_head", "action_prior"):
                 if not isinstance(value, bool):
                     raise ValueError(f"{field.name} must be True or False, got {value!r}")
                 continue

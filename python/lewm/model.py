@@ -148,7 +148,7 @@ class Model:
         if len(np.shape(zs)) != 4 or np.shape(goal) != (np.shape(zs)[0], np.shape(zs)[-1]):
             raise ValueError(f"want zs (E, S, T, D) and goal (E, D), got {np.shape(zs)} and {np.shape(goal)}")
         if self.cost_of(cost) == "distance":
-            return self._give(self._engine.cost(zs[:, :, -1], goal[:, None], "distance"), zs)
+            return self._give(self._engine.distance(zs[:, :, -1], goal[:, None]), zs)
         distance = zs[:, :, -1] - goal[:, None]
         return (distance * distance).sum(-1)
 
@@ -183,6 +183,25 @@ class Model:
         if hasattr(self._engine, "objective"):
             return self._engine.objective(z, goal, past_actions, self.cost_of(cost))
         return lambda candidates: self.costs(z, goal, candidates, past_actions, cost)
+
+    def prior(self, z: Any, goal: Any) -> Any:
+        """The actions that the model's action prior guesses (`lewm.heads`); what a search starts from.
+
+        Args:
+            z, goal: Latents of now and of the goal, (E, D).
+
+        Returns:
+            (E, P, A) normalised blocks, P being `config.prior_blocks`.
+
+        Raises:
+            ValueError: The model has no action prior, or a shape is not as described.
+        """
+        if not self.config.action_prior:
+            raise ValueError("the model has no action prior: train it with action_prior=True")
+        want = (len(z), self.config.embed_dim)
+        if np.shape(z) != want or np.shape(goal) != want:
+            raise ValueError(f"want z and goal (E, {want[1]}), got {np.shape(z)} and {np.shape(goal)}")
+        return self._give(self._engine.prior(z, goal), z)
 
     def normalise(self, raw: Any) -> np.ndarray:
         """Raw actions (..., n * action_dim) -> normalised blocks of the same shape, float64."""

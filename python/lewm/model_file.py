@@ -122,6 +122,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     projector("pred_proj", c.embed_dim)
     if c.distance_head:
         head("distance_head", c.embed_dim, c.embed_dim)
+    if c.action_prior:
+        head("action_prior", 2 * c.embed_dim, c.prior_blocks * c.block_dim)
     return shapes
 
 

@@ -262,6 +262,9 @@ class LeWM(nn.Module):
         # Last, so that the rest starts the same with heads and without.
         if config.distance_head:
             self.distance_head = Head(config.embed_dim, config.head_hidden, config.embed_dim)
+        if config.action_prior:
+            blocks = config.prior_blocks * config.block_dim
+            self.action_prior = Head(2 * config.embed_dim, config.head_hidden, blocks)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents of frames: (..., H, W, 3) uint8 RGB -> (..., D)."""
@@ -303,6 +306,10 @@ class LeWM(nn.Module):
     def distance(self, z: Tensor, goal: Tensor) -> Tensor:
         """Estimated action blocks from `z` (..., D) to `goal` (..., D); a metric: |head(z) - head(goal)|."""
         return torch.linalg.vector_norm(self.distance_head(z) - self.distance_head(goal), dim=-1)
+
+    def prior(self, z: Tensor, goal: Tensor) -> Tensor:
+        """Guessed normalised blocks (N, P, A) that lead from `z` (N, D) towards `goal` (N, D)."""
+        return self.action_prior(torch.cat([z, goal], -1)).unflatten(-1, (-1, self.config.block_dim))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, dropout: float = 0.0) -> Tensor:

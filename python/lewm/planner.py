@@ -228,7 +228,8 @@ def plan(
         plan_index: Number of this plan within its episode, for fresh noise in each.
         past_actions: Raw actions executed between the T frames of obs, (T-1, block * A_raw) or (T-1, block, A_raw),
             with a leading E where obs has one. They are given to the model as they are and never optimised.
-        init: Warm start, the first mean in normalised blocks, (H, A) or (E, H, A); by default zeros, the mean action.
+        init: Warm start, the first mean in normalised blocks, (H, A) or (E, H, A); by default what the model's action
+            prior guesses, within the bounds, and zeros, the mean action, where it has none.
         deadline_ms: Return the best found so far before an iteration that would end later than this after the call,
             if it took as long as the one before; the first one always runs.
         return_rollout: Also give the imagined latents.
@@ -316,9 +317,11 @@ def plan_latents(
     integer("plan_index", plan_index, 0, 2**32)
     goal = goal.astype(z.dtype)
     past = None if history == 1 else np.asarray(model.normalise(past_blocks), dtype=z.dtype)
-    mean = _first_mean(init, environments, planner.horizon, model.config.block_dim)
     reference = isinstance(planner, CEM) and planner.reference
     low, high = (None, None) if reference else model.bounds()
+    if init is None and model.config.action_prior:
+        init = _guess(model, z[:, -1], goal, planner.horizon, low, high)
+    mean = _first_mean(init, environments, planner.horizon, model.config.block_dim)
 
     call = {"low": low, "high": high, "seed": seed, "env_ids": _env_ids(env_ids, environments), "plan": plan_index}
     # What encoding took has gone from the budget; even a spent one leaves the first iteration.
@@ -473,6 +476,15 @@ def _first_mean(init: Any, environments: int, horizon: int, width: int) -> np.nd
     if not np.isfinite(mean).all():
         raise ValueError("init must be finite, got NaN or infinity")
     return np.ascontiguousarray(np.broadcast_to(mean, shape))
+
+
+def _guess(
+    model: Any, z: np.ndarray, goal: np.ndarray, horizon: int, low: np.ndarray | None, high: np.ndarray | None
+) -> np.ndarray:
+    """(E, H, A) the action prior's blocks, within the bounds; blocks beyond what it guesses are the mean action."""
+    blocks = np.asarray(model.prior(z, goal), dtype=np.float64)[:, :horizon]
+    blocks = blocks if low is None or high is None else np.clip(blocks, low, high)
+    return np.pad(blocks, ((0, 0), (0, horizon - blocks.shape[1]), (0, 0)))
 
 
 def _env_ids(env_ids: Any, environments: int) -> np.ndarray:

@@ -75,15 +75,22 @@ class TorchBackend:
         costs, done = [], 0
         for part in self._rollouts(z, candidates, past_actions):
             last = part[:, -1]
-            costs.append(self.cost(last, goals[done : done + len(last)], cost))
+            target = goals[done : done + len(last)]
+            costs.append(
+                self.network.distance(last, target) if cost == "distance" else (last - target).square().sum(-1)
+            )
             done += len(last)
         return torch.cat(costs).unflatten(0, candidates.shape[:2])
 
     @torch.no_grad()
-    def cost(self, z: Any, goal: Any, cost: str) -> Tensor:
-        """Costs (...) of latents (..., D) for goals (..., D)."""
-        z, goal = self.tensor(z), self.tensor(goal)
-        return self.network.distance(z, goal) if cost == "distance" else (z - goal).square().sum(-1)
+    def distance(self, z: Any, goal: Any) -> Tensor:
+        """The distance head's estimates (...) for latents (..., D) and goals that broadcast to them."""
+        return self.network.distance(self.tensor(z), self.tensor(goal))
+
+    @torch.no_grad()
+    def prior(self, z: Any, goal: Any) -> Tensor:
+        """The action prior's blocks (E, P, A), normalised, for latents and goals (E, D)."""
+        return self.network.prior(self.tensor(z), self.tensor(goal))
 
     def _rollouts(self, z: Tensor, candidates: Tensor, past_actions: Any | None) -> Any:
         environments, samples = candidates.shape[:2]

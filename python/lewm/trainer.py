@@ -522,8 +522,9 @@ class _Run:
 
     @torch.no_grad()
     def _head_data(self, episodes: np.ndarray, rng: np.random.Generator) -> Episodes | None:
-        """Latents of whole episodes, in random order up to `FRAMES` frames; None if none has two."""
+        """Latents and actions of whole episodes, in random order up to `FRAMES` frames; None if none has two."""
         latents: list[Tensor] = []
+        actions: list[Tensor] = []
         frames = 0
         for episode in rng.permutation(episodes):
             length = int(self.data.lengths[episode])
@@ -532,8 +533,10 @@ class _Run:
             parts = torch.arange(length).split(512)
             pictures = (torch.from_numpy(self._resized(self.data.frames(episode, part.numpy()))) for part in parts)
             latents.append(torch.cat([self.network.encode(p.to(self.device)) for p in pictures]).float())
+            raw = (self.data.actions(episode) - self.stats["mean"]) / self.stats["std"]
+            actions.append(torch.from_numpy(raw.astype(np.float32)))
             frames += length
-        return Episodes(latents, self.model_config.action_block) if latents else None
+        return Episodes(latents, actions, self.model_config.action_block) if latents else None
 
     def _model(self) -> Model:
         metrics = {k: v for k, v in self.metrics.items() if k != "warned" and math.isfinite(v)}
