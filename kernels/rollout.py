@@ -495,7 +495,7 @@ class Weights:
     to_token: tuple[Tensor, Tensor]  # (hidden, N), bias: the next latent as the predictor's input
     to_latent: tuple[Tensor, Tensor]  # (hidden, D), bias; the same object as to_token where they are one
     token: tuple[Tensor, Tensor] | None  # from a latent to a token, (D, N) float32, bias; None where they are one
-    distance: tuple[tuple[Tensor, Tensor], ...]  # layers of the distance head: (inputs, outputs) float32, bias; () if none
+    distance: tuple[tuple[Tensor, Tensor], ...]  # layers of the distance head, (inputs, outputs) float32 and bias
 
 
 def pack(config: Any, state: Mapping[str, Any], precision: str, device: torch.device | str) -> Weights:

@@ -153,8 +153,8 @@ class Engine:
         past: NDArray[np.float32] | None = None,
         cost: str = "latent",
     ) -> NDArray[np.float64]:
-        """(E, S): the squared distance of the last latent to `goal` (E, D), summed over D, or with "distance" the blocks
-        that the model's distance head estimates."""
+        """(E, S): the squared distance of the last latent to `goal` (E, D), summed over D; with "distance" the blocks
+        between them that the model's distance head estimates."""
     def objective(
         self,
         z: NDArray[np.float32],

@@ -102,7 +102,9 @@ class CudaBackend(TorchBackend):
 
     def objective(self, z: Any, goal: Any, past_actions: Any | None, cost: str = "latent") -> Any:
         """The costs of candidates (E, S, H, A); with the loop on the device it can also `solve` by itself."""
-        found = Objective(self._kernels, *(None if x is None else to_numpy(x) for x in (z, goal, past_actions)), cost)
+        found = Objective(
+            self._kernels, *(None if x is None else to_numpy(x) for x in (z, goal, past_actions)), cost=cost
+        )
         return found if self.loop == "device" else found.__call__
 
 
@@ -143,9 +145,7 @@ class Kernels:
         with self._lock, on(self.device):
             return torch.cat([r.latents.transpose(0, 1).clone() for r, _ in self._parts(z, candidates, past, True)])
 
-    def scored(
-        self, z: Tensor, goal: Tensor, candidates: Tensor, past: Tensor | None, cost: str = "latent"
-    ) -> Tensor:
+    def scored(self, z: Tensor, goal: Tensor, candidates: Tensor, past: Tensor | None, cost: str = "latent") -> Tensor:
         """Costs (E, S) of the same for goals (E, D)."""
         parts, root = [], cost == "distance"
         with self._lock, on(self.device):
@@ -175,7 +175,7 @@ class Kernels:
         """The same in NumPy, through page-locked memory: what the planners of the CPU call in each iteration."""
         with self._lock:
             tensors = [None if x is None else self._upload(i, x) for i, x in enumerate((z, goal, blocks, past))]
-            costs = self.scored(*tensors, cost)
+            costs = self.scored(*tensors, cost=cost)
             host = self._memory("costs", costs.shape)
             host.copy_(costs, non_blocking=True)
             if self.device.type == "cuda":

@@ -2,11 +2,11 @@
 
 The temporal-distance head (`ModelConfig.distance_head`) is a map under which the distance of two latents is the number
 of action blocks that it takes to get from one to the other. Squared latent distance saturates when the goal is far and
-does not know of walls; a planner whose goal is many plans ahead needs a cost that does. It is a metric: zero at the goal
-and symmetric by construction, and the triangle inequality carries over from pairs within an episode to all others.
+does not know of walls; a planner whose goal is many plans ahead needs a cost that does. It is a metric: zero at the
+goal and symmetric by construction, and the triangle inequality carries over from pairs within an episode to all others.
 
-The action prior (`ModelConfig.action_prior`) guesses the first blocks of actions from one latent to another, as the data
-did it: the first mean of a search that knows nothing better. After the goal it guesses the mean action.
+The action prior (`ModelConfig.action_prior`) guesses the first blocks of actions from one latent to another, as the
+data did it: the first mean of a search that knows nothing better. After the goal it guesses the mean action.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ HEADS = ("distance_head", "action_prior")
 # Frames that heads learn from, at most: as many are encoded and held in memory.
 FRAMES = 100_000
 STEPS, BATCH, LEARNING_RATE, WARMUP = 1500, 512, 1e-3, 50
-# Of the times that episodes took between alike places, the head estimates a short one (an expectile): what a planner can
-# do, not what a noisy policy did on average.
+# Of the times that episodes took between alike places, the head estimates a short one (an expectile): what a planner
+# can do, not what a noisy policy did on average.
 EXPECTILE = 0.1
 _LOG_EVERY = 100
 
@@ -95,15 +95,18 @@ def train_heads(
     metrics: dict[str, float] = {}
     if network.config.distance_head:
         rng = np.random.default_rng((seed, 2))
-        loss = _fit(network.distance_head, lambda: distance_loss(network, *train.pairs(rng, BATCH)), rows, "distance_head")
-        metrics["distance_head_loss"] = loss
+
+        def loss() -> Tensor:
+            return distance_loss(network, *train.pairs(rng, BATCH))
+
+        metrics["distance_head_loss"] = _fit(network.distance_head, loss, rows, "distance_head")
         if held_out is not None:
             metrics["distance_head_correlation"] = distance_correlation(network, held_out, np.random.default_rng(seed))
     if network.config.action_prior:
-        rng, blocks = np.random.default_rng((seed, 3)), network.config.prior_blocks
+        prior_rng, blocks = np.random.default_rng((seed, 3)), network.config.prior_blocks
 
         def prior_loss() -> Tensor:
-            now, later, done = train.ways(rng, BATCH, blocks)
+            now, later, done = train.ways(prior_rng, BATCH, blocks)
             return (network.prior(now, later) - done).square().mean()
 
         metrics["action_prior_loss"] = _fit(network.action_prior, prior_loss, rows, "action_prior")

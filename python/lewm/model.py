@@ -166,7 +166,7 @@ class Model:
         return cost or ("distance" if has else "latent")
 
     def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any = None, cost: str | None = None) -> Any:
-        """`cost(rollout(z, candidates, past_actions), goal, cost)` without keeping the trajectories: what planners call."""
+        """`cost(rollout(z, candidates, past_actions), goal, cost)` without keeping the trajectories, for planners."""
         self._check_rollout(z, candidates, past_actions)
         if np.shape(goal) != (np.shape(z)[0], self.config.embed_dim):
             raise ValueError(f"goal must be ({np.shape(z)[0]}, {self.config.embed_dim}), got {np.shape(goal)}")

@@ -302,7 +302,6 @@ class LeWM(nn.Module):
             z = torch.cat([z, following], 1)
         return z
 
-
     def distance(self, z: Tensor, goal: Tensor) -> Tensor:
         """Estimated action blocks from `z` (..., D) to `goal` (..., D); a metric: |head(z) - head(goal)|."""
         return torch.linalg.vector_norm(self.distance_head(z) - self.distance_head(goal), dim=-1)

@@ -388,7 +388,7 @@ def _settings(planner: Planner) -> dict[str, Any]:
 
 
 def planner_of(model: Any, planner: Planner | None) -> Planner:
-    """The planner asked for, else the one in the model's file, else the paper's; its cost is what it is for the model."""
+    """The planner asked for, else the one in the model's file, else the paper's; its cost is settled."""
     if not hasattr(model, "costs"):
         raise TypeError(f"model must be a lewm.Model, got {model!r}; lewm.load reads one from a file")
     if planner is None:

@@ -105,9 +105,10 @@ def train(
     """Trains a LeWorldModel on a trajectory store: prediction + lambda * SIGReg, no stop-gradient, no EMA.
 
     The run folder `out` gets `metrics.csv`, TensorBoard events, `checkpoint.safetensors` (every `checkpoint_every`
-    steps, at the end, and on Ctrl-C), `model.safetensors`, and `heads.csv` if the model has heads (`lewm.heads`). A run is a function of (data, configuration, seed):
-    one that was interrupted and resumed has the losses of one that was not, bit for bit on the same machine and
-    thread count (on a GPU up to the order in which its own kernels add, unless torch's deterministic mode is on).
+    steps, at the end, and on Ctrl-C), `model.safetensors`, and `heads.csv` if the model has heads (`lewm.heads`). A run
+    is a function of (data, configuration, seed): one that was interrupted and resumed has the losses of one that was
+    not, bit for bit on the same machine and thread count (on a GPU up to the order in which its own kernels add, unless
+    torch's deterministic mode is on).
 
     Args:
         data: A store or its path. Frames of another size than the preset's are area-resized.
