@@ -141,13 +141,13 @@ def test_a_search_starts_from_the_guess():
         model.prior(z, goal)
 
 
-def test_a_controller_that_executes_whole_plans_guesses_each_time(monkeypatch):
+def test_a_controller_guesses_for_each_plan(monkeypatch):
     model, asked = made("cpu", EVEN), []
     prior = model.prior
     monkeypatch.setattr(model, "prior", lambda z, goal: asked.append(z) or prior(z, goal))
     frames = np.random.default_rng(0).integers(0, 256, (31, 16, 16, 3), np.uint8)
     planner = lewm.CEM(samples=4, iterations=1, elites=2, horizon=2)
-    for execute, guesses in ((2, 3), (1, 1)):
+    for execute, guesses in ((2, 3), (1, 6)):
         asked.clear()
         controller = lewm.Controller(model, frames[-1], planner=planner, execute=execute)
         for obs in frames[:-1]:
