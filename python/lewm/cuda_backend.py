@@ -350,7 +350,7 @@ def _differs(config: ModelConfig, weights: dict[str, Tensor], settings: dict[str
     call = {**bounds, "seed": 3, "env_ids": np.arange(2, dtype=np.uint32), "plan": 1}
     for precision, tolerance in (("float32", 1e-4), ("bfloat16", 5e-2)):
         kernels = Kernels(pack(config, weights, precision, device))
-        error = float(np.abs(kernels.costs(z, goal, blocks, cost=cost) - want).max() / np.abs(want).max())
+        error = float(np.abs(kernels.costs(z, goal, blocks, None, cost) - want).max() / np.abs(want).max())
         if not error <= tolerance:
             return f"costs in {precision} differ by {error:.1e} from float64, more than {tolerance:.0e}"
         objective = Objective(kernels, z, goal, None, cost)
