@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lewm.kernels.philox import normals
-from lewm.kernels.rollout import Rollout, Weights, captured, cost_launch, on
+from lewm.kernels.rollout import Distance, Rollout, Weights, captured, cost_launch, on
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -180,6 +180,7 @@ class CEM:
     Args:
         weights: What `lewm.kernels.rollout.pack` gave.
         environments, frames: E and T.
+        cost: "latent" or "distance".
         samples, iterations, elites, horizon, init_std, min_std, reference: As of `lewm.CEM`.
     """
 
@@ -189,6 +190,7 @@ class CEM:
         environments: int,
         frames: int,
         *,
+        cost: str = "latent",
         samples: int,
         iterations: int,
         elites: int,
@@ -235,6 +237,10 @@ class CEM:
         self._search = Rollout(weights, e * samples, frames, horizon)
         # Cut alike, it takes the code that the search has compiled.
         self._check = Rollout(weights, e, frames, horizon, cut=self._search.cut)
+        # Of candidates, final means and goals.
+        self._heads = None
+        if cost == "distance":
+            self._heads = [Distance(weights, rows, self._search.cut.exact) for rows in (e * samples, e, e)]
         self._costs = torch.zeros(e * samples, dtype=torch.float32, device=device)
         self._cost = torch.zeros(e, dtype=torch.float32, device=device)
         self._lock = threading.Lock()
@@ -255,13 +261,15 @@ class CEM:
         past = given["past"] if self.frames > 1 else None
         for rollout in (self._search, self._check):
             rollout.observe(given["z"], past)
+        if self._heads is not None:
+            self._heads[2].run(given["goal"])
 
     def _iterate(self) -> None:
         given, found, search = self._in.device, self._out.device, self._search
         candidates, bounds = search.candidates.view(self.environments, self.samples, -1), (given["low"], given["high"])
         sample(found["mean"], found["std"], *bounds, given["key"], self._step, candidates, self._moved)
         search.run()
-        cost_launch(search.latents[-1], given["goal"], self._costs)()
+        self._score(0, search.latents[-1], self._costs)
         refit(
             self._costs, candidates, self._moved, *bounds, self._order, found["mean"], found["std"], found["actions"],
             found["cost"], found["trace"], found["clipped"], found["fault"], self._step, self.elites, given["floor"],
@@ -269,14 +277,21 @@ class CEM:
 
     def _finish(self) -> None:
         """Scores the final mean: the better of it and the best candidate is the plan."""
-        given, found = self._in.device, self._out.device
+        found = self._out.device
         self._check.candidates.copy_(found["mean"].view(self._shape))
         self._check.run()
-        cost_launch(self._check.latents[-1], given["goal"], self._cost)()
+        self._score(1, self._check.latents[-1], self._cost)
         better = self._cost < found["cost"]
         found["cost"].copy_(torch.where(better, self._cost.double(), found["cost"]))
         means = self._check.candidates.view(found["actions"].shape).double()
         found["actions"].copy_(torch.where(better[:, None], means, found["actions"]))
+
+    def _score(self, head: int, z: Tensor, costs: Tensor) -> None:
+        """Costs of latents, as the cost of this plan has it."""
+        if self._heads is None:
+            cost_launch(z, self._in.device["goal"], costs)()
+        else:
+            cost_launch(self._heads[head].run(z), self._heads[2].embedded, costs, root=True)()
 
     def _whole(self) -> None:
         self._start()

@@ -7,6 +7,7 @@ same mathematics in PyTorch and the reference of the tests.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -426,14 +427,36 @@ def _mlp_kernel(x_ptr, modulation_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_
 
 
 @triton.jit(do_not_specialize=["R", "S"])
-def _cost_kernel(z_ptr, goal_ptr, cost_ptr, R, S, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """cost[r] = |z[r] - goal[r / S]|^2 (paper, section 3.3)."""
+def _cost_kernel(z_ptr, goal_ptr, cost_ptr, R, S, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+                 ROOT: tl.constexpr):  # fmt: skip
+    """cost[r] = |z[r] - goal[r / S]|^2 (paper, section 3.3); with ROOT its square root."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, PADDED)
     mask = (rows < R)[:, None] & (columns < WIDTH)[None, :]
     z = tl.load(z_ptr + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
     goal = tl.load(goal_ptr + (rows // S)[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
-    tl.store(cost_ptr + rows, tl.sum((z - goal) * (z - goal), axis=1), mask=rows < R)
+    cost = tl.sum((z - goal) * (z - goal), axis=1)
+    if ROOT:
+        cost = tl.sqrt(cost)
+    tl.store(cost_ptr + rows, cost, mask=rows < R)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _dense_kernel(x_ptr, matrix_ptr, bias_ptr, out_ptr, M, INPUTS: tl.constexpr, CHUNK: tl.constexpr,
+                  OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, GELU: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """out = x matrix + bias, with GELU the exact GELU of it; all float32, x (M, INPUTS): a layer of a head."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    live = rows < M
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((ROWS, WIDTH), tl.float32) + tl.load(bias_ptr + columns)[None, :]
+    for first in range(0, INPUTS, CHUNK):
+        inputs = first + tl.arange(0, CHUNK)
+        x = tl.load(x_ptr + rows[:, None] * INPUTS + inputs[None, :], mask=live[:, None], other=0.0)
+        total = _dot(x, tl.load(matrix_ptr + inputs[:, None] * OUTPUTS + columns[None, :]), total, PRECISION)
+    if GELU:
+        total = _gelu(total, True)
+    tl.store(out_ptr + rows[:, None] * OUTPUTS + columns[None, :], total, mask=live[:, None])
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -443,7 +466,8 @@ _TYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfl
 
 def obstacle(config: Any) -> str | None:
     """Why the kernels cannot run a model of this `ModelConfig`; None if they can."""
-    for name in ("embed_dim", "predictor_dim", "predictor_mlp", "projector_hidden", "action_hidden"):
+    names = ("embed_dim", "predictor_dim", "predictor_mlp", "projector_hidden", "action_hidden")
+    for name in (*names, "head_hidden") if config.distance_head else names:
         if getattr(config, name) % 16:
             return f"{name} {getattr(config, name)} is not a multiple of 16"
     if config.predictor_head_dim not in (16, 32, 64, 128):
@@ -471,6 +495,7 @@ class Weights:
     to_token: tuple[Tensor, Tensor]  # (hidden, N), bias: the next latent as the predictor's input
     to_latent: tuple[Tensor, Tensor]  # (hidden, D), bias; the same object as to_token where they are one
     token: tuple[Tensor, Tensor] | None  # from a latent to a token, (D, N) float32, bias; None where they are one
+    distance: tuple[tuple[Tensor, Tensor], ...]  # layers of the distance head, (inputs, outputs) float32 and bias
 
 
 def pack(config: Any, state: Mapping[str, Any], precision: str, device: torch.device | str) -> Weights:
@@ -545,6 +570,10 @@ def pack(config: Any, state: Mapping[str, Any], precision: str, device: torch.de
         to_token=to_token,
         to_latent=to_latent,
         token=None if token is None else tuple(t.to(device, torch.float32) for t in token),
+        distance=tuple(
+            tuple(t.to(device, torch.float32).contiguous() for t in linear(f"distance_head.net.{place}"))
+            for place in ((0, 2, 4) if config.distance_head else ())
+        ),
     )
 
 
@@ -580,7 +609,7 @@ class Tiles:
         chunk: Hidden units that a program has in registers.
         stages: Chunks of weights under way.
         width: Columns that a row is cut into, at most.
-        exact: How Triton multiplies in precision "float32"; AMD's matrix units take float32 as it is.
+        exact: How Triton multiplies in precision "float32", and heads always; AMD's matrix units take float32 as it is.
     """
 
     attention: tuple[int, int, int]
@@ -619,14 +648,15 @@ def tiles(config: Any, rows: int, precision: str, processors: int, target: int) 
         return share
 
     # The largest for which nothing is spilled (code-table.md), of those the fastest by time-table.md.
+    exact = "tf32x3" if target else "ieee"
     if precision != "bfloat16":
-        return Tiles((16, 1, 8), (16, 1, 4), tile(config.predictor_mlp, 32), 2, 32, "tf32x3" if target else "ieee")
+        return Tiles((16, 1, 8), (16, 1, 4), tile(config.predictor_mlp, 32), 2, 32, exact)
     if wide and target == 90:
         return Tiles((32, 1, 8), (128, 1, 8), tile(config.predictor_mlp, 64), stages=3)
     units, chunk, stages = (64, 64, 3) if target == 90 else (32, 32, 2)
     chunk = tile(config.predictor_mlp, chunk)
     heads, hidden = shares(16, config.predictor_heads), shares(units, config.predictor_mlp // chunk)
-    return Tiles((16, heads, 8), (units, hidden, 4), chunk, stages)
+    return Tiles((16, heads, 8), (units, hidden, 4), chunk, stages, exact=exact)
 
 
 class Rollout:
@@ -856,12 +886,52 @@ def gpu(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_properties(device).multi_processor_count, target
 
 
-def cost_launch(z: Tensor, goal: Tensor, costs: Tensor) -> Launch:
-    """costs (E S,) = squared distances of latents (E S, D) to their environment's goal (E, D)."""
-    rows, width = z.shape
+class Distance:
+    """The distance head on the device: what it makes of latents, in memory of its own.
+
+    Args:
+        weights: What `pack` gave, of a model with that head.
+        rows: Number of latents.
+        exact: How Triton multiplies float32; see `Tiles`.
+
+    Attributes:
+        embedded: (rows, D) float32, the head's output for the latents of the last `run`.
+    """
+
+    def __init__(self, weights: Weights, rows: int, exact: str) -> None:
+        self._layers, self._exact = weights.distance, exact
+        device = weights.positions.device
+        widths = [matrix.shape[1] for matrix, _ in weights.distance]
+        *self._hidden, self.embedded = (torch.empty(rows, width, device=device) for width in widths)
+
+    def run(self, z: Tensor) -> Tensor:
+        """Computes `embedded` of latents (rows, D), contiguous, on the current stream."""
+        for place, ((matrix, bias), out) in enumerate(zip(self._layers, (*self._hidden, self.embedded), strict=True)):
+            (inputs, outputs), rows = matrix.shape, 16
+            width = tile(outputs, 32)
+            constants = {
+                "INPUTS": inputs,
+                "CHUNK": tile(inputs, 32),
+                "OUTPUTS": outputs,
+                "WIDTH": width,
+                "ROWS": rows,
+                "GELU": place + 1 < len(self._layers),
+                "PRECISION": self._exact,
+                "num_warps": 4,
+                "enable_fp_fusion": True,
+            }
+            grid = (triton.cdiv(len(z), rows), outputs // width)
+            Launch(_dense_kernel, grid, (z, matrix, bias, out, len(z)), constants)()
+            z = out
+        return self.embedded
+
+
+def cost_launch(z: Tensor, goal: Tensor, costs: Tensor, root: bool = False) -> Launch:
+    """costs (E S,) = squared distances of latents (E S, D) to their environment's goal (E, D), or their `root`."""
+    (rows, width), block = z.shape, 8 if root else 16  # with a root, what 16 rows need does not fit sm_120's registers
     arguments = (z, goal, costs, rows, rows // len(goal))
-    constants = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "ROWS": 16, "num_warps": 4}
-    return Launch(_cost_kernel, (triton.cdiv(rows, 16), 1), arguments, constants | {"enable_fp_fusion": True})
+    constants = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "ROWS": block, "ROOT": root, "num_warps": 4}
+    return Launch(_cost_kernel, (triton.cdiv(rows, block), 1), arguments, constants | {"enable_fp_fusion": True})
 
 
 def examples(target: int = 90) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -880,3 +950,16 @@ def examples(target: int = 90) -> Iterator[tuple[str, Callable[[], None]]]:
             weights = pack(config, LeWM(config).state_dict(), precision, "meta")
         cut = tiles(config, rows, precision, 132, target)
         yield f"{preset} {precision}, {rows} candidates", Rollout(weights, rows, 1, 5, cut=cut).run
+    for preset in ("paper", "tiny"):
+        config, _ = configure(preset, 2, {"distance_head": True})
+        with torch.device("meta"):
+            weights = pack(config, LeWM(config).state_dict(), "float32", "meta")
+        head = Distance(weights, 300, "tf32x3" if target else "ieee")
+        z, costs = torch.empty(300, config.embed_dim, device="meta"), torch.empty(300, device="meta")
+        yield f"{preset}, distances of 300", functools.partial(_measured, head, z, costs)
+
+
+def _measured(head: Distance, z: Tensor, costs: Tensor) -> None:
+    """Distances (R,) of latents (R, D), of which the first is the goal."""
+    embedded = head.run(z)
+    cost_launch(embedded, embedded[:1], costs, root=True)()

@@ -104,7 +104,7 @@ class Engine:
     """A model on this processor: encoder and rollout, without torch. Arrays are C-contiguous float32 unless said.
 
     Args:
-        config: The integers of a `ModelConfig`, and `block_dim`.
+        config: The integers and flags of a `ModelConfig`, and `block_dim`.
         weights: float32 arrays under the official names.
         precision: Of the rollout; frames are encoded in float32.
         cpu: One of `instruction_sets(precision)`; the best by default.
@@ -143,16 +143,24 @@ class Engine:
         self, z: NDArray[np.float32], candidates: NDArray[np.float32], past: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
         """(E, T, D), (E, S, H, A), (E, T - 1, A) -> (E, S, T + H, D)."""
+    def head(self, name: str, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, inputs) -> (N, outputs) of the head "distance_head", D to D, or "action_prior", 2 D to blocks."""
     def costs(
         self,
         z: NDArray[np.float32],
         goal: NDArray[np.float32],
         candidates: NDArray[np.float32],
         past: NDArray[np.float32] | None = None,
+        cost: str = "latent",
     ) -> NDArray[np.float64]:
-        """Squared distance of the last latent to `goal` (E, D), summed over D: (E, S)."""
+        """(E, S): the squared distance of the last latent to `goal` (E, D), summed over D; with "distance" the blocks
+        between them that the model's distance head estimates."""
     def objective(
-        self, z: NDArray[np.float32], goal: NDArray[np.float32], past: NDArray[np.float32] | None = None
+        self,
+        z: NDArray[np.float32],
+        goal: NDArray[np.float32],
+        past: NDArray[np.float32] | None = None,
+        cost: str = "latent",
     ) -> Objective:
         """`costs` with all but the candidates given, for `Planner.solve`."""
 

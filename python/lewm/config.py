@@ -15,6 +15,7 @@ _LARGEST = {
     "history": 1024,
     "action_dim": 65536,
     "action_block": 4096,
+    "prior_blocks": 1024,
 }
 _LARGEST_WIDTH = 65536
 
@@ -38,6 +39,12 @@ class ModelConfig:
         dropout: Dropout of the predictor while training.
         init: How a new network starts: "official" (weights of std 0.02, random positions), or "scaled" (weights by
             their fan-in, sin-cos positions), with which a narrow encoder finds what moves in few steps.
+        distance_head: Whether it has a head that estimates the time between two latents, which plans are then scored
+            with (`lewm.heads`).
+        action_prior: Whether it has a head that guesses the actions from one latent to another, which searches then
+            start from.
+        prior_blocks: Blocks that this head guesses.
+        head_hidden: Hidden width of the heads.
     """
 
     action_dim: int
@@ -60,11 +67,19 @@ class ModelConfig:
     action_hidden: int = 768
     dropout: float = 0.1
     init: str = "official"
+    distance_head: bool = False
+    action_prior: bool = False
+    prior_blocks: int = 5
+    head_hidden: int = 256
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("dropout", "init"):
+                continue
+            if field.name in ("distance_head", "action_prior"):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{field.name} must be True or False, got {value!r}")
                 continue
             most = _LARGEST.get(field.name, _LARGEST_WIDTH)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -176,6 +191,7 @@ PRESETS: dict[str, Preset] = {
             "action_hidden": 256,
             "dropout": 0.0,
             "init": "scaled",
+            "head_hidden": 128,
         },
         train={
             "batch_size": 128,
@@ -208,6 +224,7 @@ PRESETS: dict[str, Preset] = {
             "action_hidden": 128,
             "dropout": 0.0,
             "init": "scaled",
+            "head_hidden": 128,
         },
         train={
             "batch_size": 64,

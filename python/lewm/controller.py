@@ -45,7 +45,8 @@ class Controller:
         seed: Of the noise, see `lewm.plan`.
         env_id: Of the noise: an int (environments of a batch count up from it) or one per environment.
         warm_start: Start a search from the rest of the last plan, filled up with mean actions; with `ICEM` also from
-            the rests of its best elites. Without effect when whole plans are executed.
+            the rests of its best elites. Without effect when whole plans are executed. Where the model has an action
+            prior, every search starts from its guess instead, which knows where the last plan really led.
 
     Attributes:
         plan: The last `lewm.Plan`, None before the first.
@@ -160,7 +161,7 @@ class Controller:
                 seed=self.seed,
                 env_ids=self._env_ids(environments),
                 plan_index=self._plans,
-                init=self._rest(self._mean),
+                init=None if self.model.config.action_prior else self._rest(self._mean),
                 kept=self._rest(self._kept),
                 core=core,
                 deadline_ms=self.deadline_ms,

@@ -81,15 +81,29 @@ class CpuBackend:
         past = None if past_actions is None else _floats(past_actions)
         return self._engine.rollout(_floats(z), _floats(candidates), past)
 
-    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None) -> np.ndarray:
-        """Terminal costs (E, S) of candidates, without keeping the trajectories."""
+    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None, cost: str = "latent") -> np.ndarray:
+        """Terminal costs (E, S) of candidates, without keeping the trajectories; `cost` is "latent" or "distance"."""
         past = None if past_actions is None else _floats(past_actions)
-        return self._engine.costs(_floats(z), _floats(goal), _floats(candidates), past)
+        return self._engine.costs(_floats(z), _floats(goal), _floats(candidates), past, cost)
 
-    def objective(self, z: Any, goal: Any, past_actions: Any | None) -> Objective:
+    def objective(self, z: Any, goal: Any, past_actions: Any | None, cost: str = "latent") -> Objective:
         """The costs of candidates as the Rust planner calls them."""
         past = None if past_actions is None else _floats(past_actions)
-        return self._engine.objective(_floats(z), _floats(goal), past)
+        return self._engine.objective(_floats(z), _floats(goal), past, cost)
+
+    def distance(self, z: Any, goal: Any) -> np.ndarray:
+        """The distance head's estimates (...) for latents (..., D) and goals that broadcast to them."""
+        apart = self._head("distance_head", z) - self._head("distance_head", goal)
+        return np.linalg.norm(apart, axis=-1)
+
+    def prior(self, z: Any, goal: Any) -> np.ndarray:
+        """The action prior's blocks (E, P, A), normalised, for latents and goals (E, D)."""
+        found = self._head("action_prior", np.concatenate([_floats(z), _floats(goal)], axis=-1))
+        return found.reshape(len(found), -1, self.config.block_dim)
+
+    def _head(self, name: str, rows: Any) -> np.ndarray:
+        rows = _floats(rows)
+        return self._engine.head(name, rows.reshape(-1, rows.shape[-1])).reshape(*rows.shape[:-1], -1)
 
 
 def to_numpy(value: Any) -> np.ndarray:
@@ -99,7 +113,7 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 def engine_config(config: ModelConfig) -> dict[str, int]:
-    """The numbers that the Rust engine needs of a configuration."""
+    """The numbers and flags that the Rust engine needs of a configuration."""
     numbers = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {name: value for name, value in numbers.items() if isinstance(value, int)} | {"block_dim": config.block_dim}
 

@@ -23,7 +23,7 @@ from lewm.cache import remembered
 from lewm.config import ModelConfig, configure
 from lewm.cpu_backend import OVERLAP, SPEARMAN, agreement, to_numpy
 from lewm.kernels.planner import CEM
-from lewm.kernels.rollout import Rollout, Weights, captured, cost_launch, obstacle, on, pack
+from lewm.kernels.rollout import Distance, Rollout, Weights, captured, cost_launch, obstacle, on, pack
 from lewm.network import LeWM
 from lewm.torch_backend import TorchBackend, as_tensor, device_of
 
@@ -32,9 +32,12 @@ PRECISIONS = ("bfloat16", "tf32", "float32")
 ROWS = 1 << 15
 # Models and planners of the check of a GPU: windows that grow, are full and slide; heads and hidden units in one share
 # and in several.
-_CHECKS: tuple[tuple[dict[str, int], dict[str, int]], ...] = (
+_CHECKS: tuple[tuple[dict[str, Any], dict[str, int]], ...] = (
     ({"history": 3, "predictor_depth": 2}, {"samples": 40, "iterations": 2, "elites": 8, "horizon": 4}),
-    ({"history": 1}, {"samples": 24, "iterations": 2, "elites": 6, "horizon": 2}),
+    (
+        {"history": 1, "distance_head": True, "head_hidden": 48},
+        {"samples": 24, "iterations": 2, "elites": 6, "horizon": 2},
+    ),
 )
 _KEPT = 4  # shapes whose memory and graphs are kept
 
@@ -92,14 +95,16 @@ class CudaBackend(TorchBackend):
         return torch.cat([z[:, None].expand(-1, candidates.shape[1], -1, -1), imagined], 2)
 
     @torch.no_grad()
-    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None) -> Tensor:
-        """Terminal costs (E, S) of candidates, without keeping the trajectories."""
+    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None, cost: str = "latent") -> Tensor:
+        """Terminal costs (E, S) of candidates, without keeping the trajectories; `cost` is "latent" or "distance"."""
         past = None if past_actions is None else self.tensor(past_actions)
-        return self._kernels.scored(self.tensor(z), self.tensor(goal), self.tensor(candidates), past)
+        return self._kernels.scored(self.tensor(z), self.tensor(goal), self.tensor(candidates), past, cost)
 
-    def objective(self, z: Any, goal: Any, past_actions: Any | None) -> Any:
+    def objective(self, z: Any, goal: Any, past_actions: Any | None, cost: str = "latent") -> Any:
         """The costs of candidates (E, S, H, A); with the loop on the device it can also `solve` by itself."""
-        found = Objective(self._kernels, *(None if x is None else to_numpy(x) for x in (z, goal, past_actions)))
+        found = Objective(
+            self._kernels, *(None if x is None else to_numpy(x) for x in (z, goal, past_actions)), cost=cost
+        )
         return found if self.loop == "device" else found.__call__
 
 
@@ -127,7 +132,7 @@ class Kernels:
     def __init__(self, weights: Weights) -> None:
         self.weights, self.precision = weights, weights.precision
         self.device = weights.positions.device
-        self._rollouts, self._planners, self._staged = _Recent(), _Recent(), _Recent(4 * _KEPT)
+        self._rollouts, self._planners, self._heads, self._staged = _Recent(), _Recent(), _Recent(), _Recent(4 * _KEPT)
         self._lock = threading.RLock()
 
     def planner(self, environments: int, frames: int, settings: dict[str, Any]) -> CEM:
@@ -140,22 +145,37 @@ class Kernels:
         with self._lock, on(self.device):
             return torch.cat([r.latents.transpose(0, 1).clone() for r, _ in self._parts(z, candidates, past, True)])
 
-    def scored(self, z: Tensor, goal: Tensor, candidates: Tensor, past: Tensor | None) -> Tensor:
+    def scored(self, z: Tensor, goal: Tensor, candidates: Tensor, past: Tensor | None, cost: str = "latent") -> Tensor:
         """Costs (E, S) of the same for goals (E, D)."""
-        parts = []
+        parts, root = [], cost == "distance"
         with self._lock, on(self.device):
             for rollout, some in self._parts(z, candidates, past, False):
                 costs = torch.empty(rollout.rows, device=self.device)
-                cost_launch(rollout.latents[-1], goal[some].contiguous(), costs)()
+                last, goals = rollout.latents[-1], goal[some].contiguous()
+                if root:
+                    exact = rollout.cut.exact
+                    last, goals = (self._head(place, x, exact) for place, x in enumerate((last, goals)))
+                cost_launch(last, goals, costs, root)()
                 parts.append(costs)
             return torch.cat(parts).view(candidates.shape[:2])
 
+    def _head(self, place: int, z: Tensor, exact: str) -> Tensor:
+        """What the distance head makes of latents; good until the next of that place and number."""
+        return self._heads.get((place, len(z)), lambda: Distance(self.weights, len(z), exact)).run(z)
+
     @torch.no_grad()
-    def costs(self, z: np.ndarray, goal: np.ndarray, blocks: np.ndarray, past: np.ndarray | None = None) -> np.ndarray:
+    def costs(
+        self,
+        z: np.ndarray,
+        goal: np.ndarray,
+        blocks: np.ndarray,
+        past: np.ndarray | None = None,
+        cost: str = "latent",
+    ) -> np.ndarray:
         """The same in NumPy, through page-locked memory: what the planners of the CPU call in each iteration."""
         with self._lock:
             tensors = [None if x is None else self._upload(i, x) for i, x in enumerate((z, goal, blocks, past))]
-            costs = self.scored(*tensors)
+            costs = self.scored(*tensors, cost=cost)
             host = self._memory("costs", costs.shape)
             host.copy_(costs, non_blocking=True)
             if self.device.type == "cuda":
@@ -192,16 +212,19 @@ class Kernels:
 class Objective:
     """Costs of candidates for given latents (E, T, D), goals (E, D) and past blocks (E, T - 1, A), all NumPy."""
 
-    def __init__(self, kernels: Kernels, z: np.ndarray, goal: np.ndarray, past: np.ndarray | None) -> None:
-        self._kernels, self._z, self._goal, self._past = kernels, z, goal, past
+    def __init__(
+        self, kernels: Kernels, z: np.ndarray, goal: np.ndarray, past: np.ndarray | None, cost: str = "latent"
+    ) -> None:
+        self._kernels, self._z, self._goal, self._past, self._cost = kernels, z, goal, past, cost
 
     def __call__(self, candidates: np.ndarray) -> np.ndarray:
         """(E, S, H, A) -> (E, S)."""
-        return self._kernels.costs(self._z, self._goal, candidates, self._past)
+        return self._kernels.costs(self._z, self._goal, candidates, self._past, self._cost)
 
     def solve(self, settings: dict[str, Any], mean: np.ndarray, *, deadline: float | None, **call: Any) -> Any:
         """Plans on the device with the fields of a `lewm.CEM`; gives what `lewm._core.Planner.solve` does."""
         environments, frames = self._z.shape[:2]
+        settings = {"cost": self._cost, **settings}
         each = max(1, ROWS // settings["samples"])
         found = []
         for e in range(0, environments, each):
@@ -302,7 +325,7 @@ def _problem(device: str) -> str | None:
     return None
 
 
-def _small(overrides: dict[str, int]) -> tuple[ModelConfig, dict[str, Tensor]]:
+def _small(overrides: dict[str, Any]) -> tuple[ModelConfig, dict[str, Tensor]]:
     sizes = {"predictor_dim": 48, "embed_dim": 48, "predictor_heads": 2, "predictor_mlp": 96, "projector_hidden": 64}
     sizes |= {"encoder_dim": 32, "encoder_depth": 1, "encoder_mlp": 32, "image_size": 16, "action_hidden": 32}
     config, _ = configure("tiny", 2, {**sizes, **overrides})
@@ -321,15 +344,16 @@ def _differs(config: ModelConfig, weights: dict[str, Tensor], settings: dict[str
     latents = _core.noise(0, np.arange(2), 0, 0, 2, config.embed_dim)
     z, goal = np.ascontiguousarray(latents[:, :1]), np.ascontiguousarray(latents[:, 1])
     blocks = _core.noise(1, np.arange(2), 0, 0, samples, horizon * width).reshape(2, samples, horizon, width)
-    want = exact.costs(z, goal, blocks, None).cpu().numpy()
+    cost = "distance" if config.distance_head else "latent"
+    want = exact.costs(z, goal, blocks, None, cost).cpu().numpy()
     bounds = {"low": np.full(width, -1.5), "high": np.full(width, 1.5)}
     call = {**bounds, "seed": 3, "env_ids": np.arange(2, dtype=np.uint32), "plan": 1}
     for precision, tolerance in (("float32", 1e-4), ("bfloat16", 5e-2)):
         kernels = Kernels(pack(config, weights, precision, device))
-        error = float(np.abs(kernels.costs(z, goal, blocks) - want).max() / np.abs(want).max())
+        error = float(np.abs(kernels.costs(z, goal, blocks, None, cost) - want).max() / np.abs(want).max())
         if not error <= tolerance:
             return f"costs in {precision} differ by {error:.1e} from float64, more than {tolerance:.0e}"
-        objective = Objective(kernels, z, goal, None)
+        objective = Objective(kernels, z, goal, None, cost)
         cem = {**settings, "init_std": 1.0, "min_std": 0.05, "reference": False}
         mean = np.zeros((2, horizon, width))
         got = objective.solve(cem, mean, deadline=None, **call)

@@ -133,37 +133,75 @@ class Model:
         self._check_rollout(z, candidates, past_actions)
         return self._give(self._engine.rollout(z, candidates, past_actions), z, candidates)
 
-    def cost(self, zs: Any, goal: Any) -> Any:
-        """Squared distance of the last latent to the goal, summed over D (paper section 3.3).
+    def cost(self, zs: Any, goal: Any, cost: str | None = None) -> Any:
+        """How far the last latent is from the goal.
 
         Args:
             zs: Trajectories, (E, S, T, D).
             goal: Latents, (E, D).
+            cost: "latent", the squared distance, summed over D (paper section 3.3); "distance", the blocks that the
+                model's distance head estimates (`lewm.heads`). By default the latter if the model has that head.
 
         Returns:
             (E, S).
         """
         if len(np.shape(zs)) != 4 or np.shape(goal) != (np.shape(zs)[0], np.shape(zs)[-1]):
             raise ValueError(f"want zs (E, S, T, D) and goal (E, D), got {np.shape(zs)} and {np.shape(goal)}")
+        if self.cost_of(cost) == "distance":
+            return self._give(self._engine.distance(zs[:, :, -1], goal[:, None]), zs)
         distance = zs[:, :, -1] - goal[:, None]
         return (distance * distance).sum(-1)
 
-    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any = None) -> Any:
-        """`cost(rollout(z, candidates, past_actions), goal)` without keeping the trajectories; what planners call."""
+    def cost_of(self, cost: str | None) -> str:
+        """What `cost=` means for this model: "latent" or "distance".
+
+        Raises:
+            ValueError: It is neither, or the model has no distance head.
+        """
+        has = self.config.distance_head
+        if cost not in (None, "latent", "distance"):
+            raise ValueError(f'cost must be "latent", "distance" or None, got {cost!r}')
+        if cost == "distance" and not has:
+            raise ValueError('cost is "distance", but the model has no distance head: train it with distance_head=True')
+        return cost or ("distance" if has else "latent")
+
+    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any = None, cost: str | None = None) -> Any:
+        """`cost(rollout(z, candidates, past_actions), goal, cost)` without keeping the trajectories, for planners."""
         self._check_rollout(z, candidates, past_actions)
         if np.shape(goal) != (np.shape(z)[0], self.config.embed_dim):
             raise ValueError(f"goal must be ({np.shape(z)[0]}, {self.config.embed_dim}), got {np.shape(goal)}")
-        return self._give(self._engine.costs(z, goal, candidates, past_actions), z, candidates)
+        return self._give(self._engine.costs(z, goal, candidates, past_actions, self.cost_of(cost)), z, candidates)
 
-    def objective(self, z: np.ndarray, goal: np.ndarray, past_actions: np.ndarray | None = None) -> Any:
+    def objective(
+        self, z: np.ndarray, goal: np.ndarray, past_actions: np.ndarray | None = None, cost: str | None = None
+    ) -> Any:
         """What a planner scores candidates (E, S, H, A) with: `costs` with all but the candidates given.
 
         On "cpu" it is an object that the Rust planner drives without returning to Python, on "cuda" one that can search
         by itself (`solve`).
         """
         if hasattr(self._engine, "objective"):
-            return self._engine.objective(z, goal, past_actions)
-        return lambda candidates: self.costs(z, goal, candidates, past_actions)
+            return self._engine.objective(z, goal, past_actions, self.cost_of(cost))
+        return lambda candidates: self.costs(z, goal, candidates, past_actions, cost)
+
+    def prior(self, z: Any, goal: Any) -> Any:
+        """The actions that the model's action prior guesses (`lewm.heads`); what a search starts from.
+
+        Args:
+            z, goal: Latents of now and of the goal, (E, D).
+
+        Returns:
+            (E, P, A) normalised blocks, P being `config.prior_blocks`.
+
+        Raises:
+            ValueError: The model has no action prior, or a shape is not as described.
+        """
+        if not self.config.action_prior:
+            raise ValueError("the model has no action prior: train it with action_prior=True")
+        want = (len(z), self.config.embed_dim)
+        if np.shape(z) != want or np.shape(goal) != want:
+            raise ValueError(f"want z and goal (E, {want[1]}), got {np.shape(z)} and {np.shape(goal)}")
+        return self._give(self._engine.prior(z, goal), z)
 
     def normalise(self, raw: Any) -> np.ndarray:
         """Raw actions (..., n * action_dim) -> normalised blocks of the same shape, float64."""

@@ -79,6 +79,11 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.net.1.num_batches_tracked"] = ()
         linear(f"{name}.net.3", c.embed_dim, c.projector_hidden)
 
+    def head(name: str, inputs: int, outputs: int) -> None:
+        linear(f"{name}.net.0", c.head_hidden, inputs)
+        linear(f"{name}.net.2", c.head_hidden, c.head_hidden)
+        linear(f"{name}.net.4", outputs, c.head_hidden)
+
     embeddings = "encoder.embeddings"
     shapes[f"{embeddings}.cls_token"] = (1, 1, d)
     shapes[f"{embeddings}.position_embeddings"] = (1, side * side + 1, d)
@@ -115,6 +120,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     linear("action_encoder.embed.2", c.embed_dim, c.action_hidden)
     projector("projector", d)
     projector("pred_proj", c.embed_dim)
+    if c.distance_head:
+        head("distance_head", c.embed_dim, c.embed_dim)
+    if c.action_prior:
+        head("action_prior", 2 * c.embed_dim, c.prior_blocks * c.block_dim)
     return shapes
 
 

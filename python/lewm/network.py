@@ -235,6 +235,19 @@ class Predictor(nn.Module):
         return self.transformer(z + self.pos_embedding[:, : z.shape[1]], actions)
 
 
+class Head(nn.Module):
+    """Two hidden layers on frozen latents; (..., inputs) -> (..., outputs)."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, outputs)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
 class LeWM(nn.Module):
     """The whole model. Everything it takes and gives is a tensor; `lewm.Model` is the NumPy face of it."""
 
@@ -246,6 +259,12 @@ class LeWM(nn.Module):
         self.action_encoder = ActionEncoder(config)
         self.projector = Projector(config.encoder_dim, config.projector_hidden, config.embed_dim)
         self.pred_proj = Projector(config.embed_dim, config.projector_hidden, config.embed_dim)
+        # Last, so that the rest starts the same with heads and without.
+        if config.distance_head:
+            self.distance_head = Head(config.embed_dim, config.head_hidden, config.embed_dim)
+        if config.action_prior:
+            blocks = config.prior_blocks * config.block_dim
+            self.action_prior = Head(2 * config.embed_dim, config.head_hidden, blocks)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents of frames: (..., H, W, 3) uint8 RGB -> (..., D)."""
@@ -282,6 +301,14 @@ class LeWM(nn.Module):
             following = self.pred_proj(self.predictor(z[:, window], actions[:, window])[:, -1:])
             z = torch.cat([z, following], 1)
         return z
+
+    def distance(self, z: Tensor, goal: Tensor) -> Tensor:
+        """Estimated action blocks from `z` (..., D) to `goal` (..., D); a metric: |head(z) - head(goal)|."""
+        return torch.linalg.vector_norm(self.distance_head(z) - self.distance_head(goal), dim=-1)
+
+    def prior(self, z: Tensor, goal: Tensor) -> Tensor:
+        """Guessed normalised blocks (N, P, A) that lead from `z` (N, D) towards `goal` (N, D)."""
+        return self.action_prior(torch.cat([z, goal], -1)).unflatten(-1, (-1, self.config.block_dim))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, dropout: float = 0.0) -> Tensor:

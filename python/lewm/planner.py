@@ -36,6 +36,8 @@ class CEM:
         init_std: First standard deviation, in normalised action units.
         min_std: Floor of the standard deviation, in normalised action units. Unused with `reference`.
         reference: The official update exactly: no bounds, no floor, and the last mean is returned, unclipped.
+        cost: What a plan is scored with: "latent", the squared distance of latents (the paper's), or "distance", the
+            blocks that the model's distance head estimates; None: the latter if the model has that head.
 
     Raises:
         TypeError: A count is not an integer.
@@ -49,6 +51,7 @@ class CEM:
     init_std: float = 1.0
     min_std: float = 0.05
     reference: bool = False
+    cost: str | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -71,6 +74,7 @@ class ICEM:
         factor: Each iteration has this many times fewer samples, but at least twice the elites.
         keep: Fraction of the elites that is scored again.
         momentum: Share of the old mean and standard deviation in the new ones.
+        cost: As in `CEM`.
 
     Raises:
         TypeError: A count is not an integer.
@@ -87,6 +91,7 @@ class ICEM:
     factor: float = 1.25
     keep: float = 0.3
     momentum: float = 0.1
+    cost: str | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -111,6 +116,7 @@ class MPPI:
     Args:
         samples, iterations, elites, horizon, init_std, min_std: As in `CEM`.
         temperature: Low, and the best elite alone counts; high, and all count alike, as in `CEM`.
+        cost: As in `CEM`.
 
     Raises:
         TypeError: A count is not an integer.
@@ -124,6 +130,7 @@ class MPPI:
     init_std: float = 1.0
     min_std: float = 0.05
     temperature: float = 0.5
+    cost: str | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -148,6 +155,8 @@ def _check(settings: Any) -> None:
         raise ValueError(f"init_std must be a positive number, got {settings.init_std}")
     if not 0 <= settings.min_std < np.inf:
         raise ValueError(f"min_std must be zero or a positive number, got {settings.min_std}")
+    if settings.cost not in (None, "latent", "distance"):
+        raise ValueError(f'cost must be "latent", "distance" or None, got {settings.cost!r}')
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,8 @@ class Plan:
 
     Attributes:
         actions: (H * action_block, A_raw) raw actions in order of execution, in the model's float type.
-        cost: The plan's own cost, the sum over the embedding of the squared distance to the goal after H blocks;
+        cost: The plan's own cost after H blocks: the squared distance to the goal, summed over the embedding, or the
+            blocks from there to the goal by the model's distance head (the planner's `cost` says which);
             with `CEM(reference=True)` the mean cost of the last elites, as the official code reports it.
         latency_ms: Wall time of the whole call in milliseconds, encoding included.
         backend, precision: What ran the model.
@@ -218,7 +228,8 @@ def plan(
         plan_index: Number of this plan within its episode, for fresh noise in each.
         past_actions: Raw actions executed between the T frames of obs, (T-1, block * A_raw) or (T-1, block, A_raw),
             with a leading E where obs has one. They are given to the model as they are and never optimised.
-        init: Warm start, the first mean in normalised blocks, (H, A) or (E, H, A); by default zeros, the mean action.
+        init: Warm start, the first mean in normalised blocks, (H, A) or (E, H, A); by default what the model's action
+            prior guesses, within the bounds, and zeros, the mean action, where it has none.
         deadline_ms: Return the best found so far before an iteration that would end later than this after the call,
             if it took as long as the one before; the first one always runs.
         return_rollout: Also give the imagined latents.
@@ -306,16 +317,18 @@ def plan_latents(
     integer("plan_index", plan_index, 0, 2**32)
     goal = goal.astype(z.dtype)
     past = None if history == 1 else np.asarray(model.normalise(past_blocks), dtype=z.dtype)
-    mean = _first_mean(init, environments, planner.horizon, model.config.block_dim)
     reference = isinstance(planner, CEM) and planner.reference
     low, high = (None, None) if reference else model.bounds()
+    if init is None and model.config.action_prior:
+        init = _guess(model, z[:, -1], goal, planner.horizon, low, high)
+    mean = _first_mean(init, environments, planner.horizon, model.config.block_dim)
 
     call = {"low": low, "high": high, "seed": seed, "env_ids": _env_ids(env_ids, environments), "plan": plan_index}
     # What encoding took has gone from the budget; even a spent one leaves the first iteration.
     call["deadline"] = None if deadline_ms is None else max(deadline_ms / 1e3 - (time.perf_counter() - started), 0.0)
-    objective = _objective(model, z, goal, past)
+    objective = _objective(model, z, goal, past, planner.cost)
     if isinstance(planner, CEM) and hasattr(objective, "solve"):
-        found = objective.solve(asdict(planner), mean, **call)  # the same search, where the model is
+        found = objective.solve(_settings(planner), mean, **call)  # the same search, where the model is
     else:
         found = (core or core_of(planner, z.dtype)).solve(objective, mean, kept=kept, **call)
     imagined = None
@@ -338,10 +351,10 @@ def plan_latents(
     )
 
 
-def _objective(model: Any, z: np.ndarray, goal: np.ndarray, past: np.ndarray | None) -> Any:
+def _objective(model: Any, z: np.ndarray, goal: np.ndarray, past: np.ndarray | None, cost: str | None) -> Any:
     """What the planner scores candidates with: the model's own objective if it has one, else its `costs`."""
     if hasattr(model, "objective"):
-        return model.objective(z, goal, past)
+        return model.objective(z, goal, past, cost)
     return lambda candidates: model.costs(z, goal, candidates, past_actions=past)
 
 
@@ -361,21 +374,28 @@ def first(found: Plan) -> Plan:
 
 def core_of(planner: Planner, dtype: np.dtype) -> _core.Planner:
     """The Rust planner of these settings, with memory of its own."""
-    settings = asdict(planner)
+    settings = _settings(planner)
     del settings["horizon"]
     name = next(name for name, kind in _NAMES.items() if isinstance(planner, kind))
     return _core.Planner(name, dtype=dtype.name, **settings)
 
 
+def _settings(planner: Planner) -> dict[str, Any]:
+    """The settings of the search: what is searched for is the objective's."""
+    settings = asdict(planner)
+    del settings["cost"]
+    return settings
+
+
 def planner_of(model: Any, planner: Planner | None) -> Planner:
-    """The planner asked for, else the one in the model's file, else the paper's."""
+    """The planner asked for, else the one in the model's file, else the paper's; its cost is settled."""
     if not hasattr(model, "costs"):
         raise TypeError(f"model must be a lewm.Model, got {model!r}; lewm.load reads one from a file")
     if planner is None:
-        return planner_from(model.meta.get("planner") or {})
+        planner = planner_from(model.meta.get("planner") or {})
     if not isinstance(planner, CEM | ICEM | MPPI):
         raise TypeError(f"planner must be a lewm.CEM, lewm.ICEM or lewm.MPPI, got {type(planner).__name__}")
-    return planner
+    return replace(planner, cost=model.cost_of(planner.cost)) if hasattr(model, "cost_of") else planner
 
 
 def planner_from(settings: dict[str, Any]) -> Planner:
@@ -456,6 +476,15 @@ def _first_mean(init: Any, environments: int, horizon: int, width: int) -> np.nd
     if not np.isfinite(mean).all():
         raise ValueError("init must be finite, got NaN or infinity")
     return np.ascontiguousarray(np.broadcast_to(mean, shape))
+
+
+def _guess(
+    model: Any, z: np.ndarray, goal: np.ndarray, horizon: int, low: np.ndarray | None, high: np.ndarray | None
+) -> np.ndarray:
+    """(E, H, A) the action prior's blocks, within the bounds; blocks beyond what it guesses are the mean action."""
+    blocks = np.asarray(model.prior(z, goal), dtype=np.float64)[:, :horizon]
+    blocks = blocks if low is None or high is None else np.clip(blocks, low, high)
+    return np.pad(blocks, ((0, 0), (0, horizon - blocks.shape[1]), (0, 0)))
 
 
 def _env_ids(env_ids: Any, environments: int) -> np.ndarray:

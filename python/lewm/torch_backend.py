@@ -68,16 +68,29 @@ class TorchBackend:
         return torch.cat(list(self._rollouts(z, candidates, past_actions))).unflatten(0, candidates.shape[:2])
 
     @torch.no_grad()
-    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None) -> Tensor:
-        """Terminal costs (E, S) of candidates, without keeping the trajectories."""
+    def costs(self, z: Any, goal: Any, candidates: Any, past_actions: Any | None, cost: str = "latent") -> Tensor:
+        """Terminal costs (E, S) of candidates, without keeping the trajectories; `cost` is "latent" or "distance"."""
         z, candidates, goal = self.tensor(z), self.tensor(candidates), self.tensor(goal)
         goals = goal.repeat_interleave(candidates.shape[1], 0)
         costs, done = [], 0
         for part in self._rollouts(z, candidates, past_actions):
             last = part[:, -1]
-            costs.append((last - goals[done : done + len(last)]).square().sum(-1))
+            target = goals[done : done + len(last)]
+            costs.append(
+                self.network.distance(last, target) if cost == "distance" else (last - target).square().sum(-1)
+            )
             done += len(last)
         return torch.cat(costs).unflatten(0, candidates.shape[:2])
+
+    @torch.no_grad()
+    def distance(self, z: Any, goal: Any) -> Tensor:
+        """The distance head's estimates (...) for latents (..., D) and goals that broadcast to them."""
+        return self.network.distance(self.tensor(z), self.tensor(goal))
+
+    @torch.no_grad()
+    def prior(self, z: Any, goal: Any) -> Tensor:
+        """The action prior's blocks (E, P, A), normalised, for latents and goals (E, D)."""
+        return self.network.prior(self.tensor(z), self.tensor(goal))
 
     def _rollouts(self, z: Tensor, candidates: Tensor, past_actions: Any | None) -> Any:
         environments, samples = candidates.shape[:2]

@@ -30,6 +30,7 @@ from lewm import __version__, diagnostics, envs
 from lewm.checks import integer
 from lewm.config import ModelConfig, TrainConfig, configure, preset_named
 from lewm.data import Dataset
+from lewm.heads import FRAMES, HEADS, Episodes, train_heads
 from lewm.loader import Batch, Loader
 from lewm.losses import Directions, prediction_loss, sigreg
 from lewm.model import Model
@@ -104,9 +105,10 @@ def train(
     """Trains a LeWorldModel on a trajectory store: prediction + lambda * SIGReg, no stop-gradient, no EMA.
 
     The run folder `out` gets `metrics.csv`, TensorBoard events, `checkpoint.safetensors` (every `checkpoint_every`
-    steps, at the end, and on Ctrl-C) and `model.safetensors`. A run is a function of (data, configuration, seed):
-    one that was interrupted and resumed has the losses of one that was not, bit for bit on the same machine and
-    thread count (on a GPU up to the order in which its own kernels add, unless torch's deterministic mode is on).
+    steps, at the end, and on Ctrl-C), `model.safetensors`, and `heads.csv` if the model has heads (`lewm.heads`). A run
+    is a function of (data, configuration, seed): one that was interrupted and resumed has the losses of one that was
+    not, bit for bit on the same machine and thread count (on a GPU up to the order in which its own kernels add, unless
+    torch's deterministic mode is on).
 
     Args:
         data: A store or its path. Frames of another size than the preset's are area-resized.
@@ -217,8 +219,10 @@ class _Run:
         with _keyed(torch.default_generator, seed):
             self.network = LeWM(model_config)
         self.network.to(self.device)
+        # Heads are trained when the rest is done (`_train_heads`).
+        self._trained = [p for name, p in self.network.named_parameters() if not name.startswith(HEADS)]
         self.optimiser = torch.optim.AdamW(
-            self.network.parameters(),
+            self._trained,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
@@ -261,6 +265,7 @@ class _Run:
             if writer:
                 writer.close()
         self._precise_batchnorm()
+        self._train_heads()
         model = self._model()
         model.save(self.out / "model.safetensors")
         return model
@@ -275,7 +280,7 @@ class _Run:
             group["lr"] = self._learning_rate(self.step)
         self._mark("host")
         losses = self._gradients(frames, actions)
-        losses["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip).detach()
+        losses["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self._trained, self.config.clip).detach()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self._mark("optimiser")
@@ -519,6 +524,34 @@ class _Run:
             norm.momentum = 0.1
         self.network.eval()
 
+    def _train_heads(self) -> None:
+        """Trains the heads that the model has on its final latents: seconds, so a resumed run simply does it again."""
+        if not any(hasattr(self.network, head) for head in HEADS):
+            return
+        rng = np.random.default_rng((self.seed, 2))
+        train, held_out = (self._head_data(e, rng) for e in (self.train_episodes, self.validation_episodes))
+        if train is None:
+            raise ValueError("data must have a training episode of at least 2 frames for a head to learn from")
+        self.metrics.update(train_heads(self.network, train, held_out, self.seed, self.out / "heads.csv"))
+
+    @torch.no_grad()
+    def _head_data(self, episodes: np.ndarray, rng: np.random.Generator) -> Episodes | None:
+        """Latents and actions of whole episodes, in random order up to `FRAMES` frames; None if none has two."""
+        latents: list[Tensor] = []
+        actions: list[Tensor] = []
+        frames = 0
+        for episode in rng.permutation(episodes):
+            length = int(self.data.lengths[episode])
+            if length < 2 or (latents and frames + length > FRAMES):
+                continue
+            parts = torch.arange(length).split(512)
+            pictures = (torch.from_numpy(self._resized(self.data.frames(episode, part.numpy()))) for part in parts)
+            latents.append(torch.cat([self.network.encode(p.to(self.device)) for p in pictures]).float())
+            raw = (self.data.actions(episode) - self.stats["mean"]) / self.stats["std"]
+            actions.append(torch.from_numpy(raw.astype(np.float32)))
+            frames += length
+        return Episodes(latents, actions, self.model_config.action_block) if latents else None
+
     def _model(self) -> Model:
         metrics = {k: v for k, v in self.metrics.items() if k != "warned" and math.isfinite(v)}
         meta = {
@@ -592,7 +625,7 @@ class _Run:
         for value in self.metrics.values():
             math.isfinite(value)  # a number, or an error
         want = {f"network.{name}": tuple(value.shape) for name, value in self.network.state_dict().items()}
-        for index, parameter in enumerate(self.network.parameters() if self.step else ()):
+        for index, parameter in enumerate(self._trained if self.step else ()):
             shape = tuple(parameter.shape)
             want |= {f"optimiser.{index}.{k}": s for k, s in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape))}
         # The optimiser's kernels would read beyond the end of what is too short.

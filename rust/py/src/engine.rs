@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use lewm_core::engine::{self, Config, Precision, Shape, Tensor, Tensors};
+use lewm_core::engine::{self, Config, Cost, Goal, Precision, Shape, Tensor, Tensors};
 use lewm_core::pool::Pool;
 use numpy::{Element, PyArray, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
@@ -103,7 +103,22 @@ impl Engine {
         array(py, out, &[shape.envs, shape.samples, tokens, width])
     }
 
-    #[pyo3(signature = (z, goal, candidates, past = None))]
+    fn head<'py>(
+        &self,
+        py: Python<'py>,
+        name: &str,
+        rows: PyReadonlyArrayDyn<'py, f32>,
+    ) -> Result<Bound<'py, PyArrayDyn<f32>>> {
+        let &[count, _] = rows.shape() else {
+            let got = tuple(rows.shape());
+            return Err(PyValueError::new_err(format!("rows must have shape (N, inputs), got {got}")).into());
+        };
+        let out = self.engine.head(name, slice("rows", &rows)?)?;
+        let width = out.len() / count.max(1);
+        array(py, out, &[count, width])
+    }
+
+    #[pyo3(signature = (z, goal, candidates, past = None, cost = "latent"))]
     fn costs<'py>(
         &self,
         py: Python<'py>,
@@ -111,27 +126,31 @@ impl Engine {
         goal: PyReadonlyArrayDyn<'py, f32>,
         candidates: PyReadonlyArrayDyn<'py, f32>,
         past: Option<PyReadonlyArrayDyn<'py, f32>>,
+        cost: &str,
     ) -> Result<Bound<'py, PyArrayDyn<f64>>> {
-        let shape = shape_of(&z, &candidates)?;
+        let (shape, cost) = (shape_of(&z, &candidates)?, cost_of(cost)?);
         let (z, candidates, goal) = (slice("z", &z)?, slice("candidates", &candidates)?, slice("goal", &goal)?);
         let past = past.as_ref().map_or(Ok(&[][..]), |past| slice("past", past))?;
         let mut out = vec![0.0; shape.envs * shape.samples];
+        let goal = Goal { latents: goal, cost };
         py.detach(|| self.engine.costs(shape, z, past, goal, candidates, &mut out))?;
         array(py, out, &[shape.envs, shape.samples])
     }
 
-    #[pyo3(signature = (z, goal, past = None))]
+    #[pyo3(signature = (z, goal, past = None, cost = "latent"))]
     fn objective(
         &self,
         z: PyReadonlyArrayDyn<'_, f32>,
         goal: PyReadonlyArrayDyn<'_, f32>,
         past: Option<PyReadonlyArrayDyn<'_, f32>>,
+        cost: &str,
     ) -> Result<Objective> {
         let &[envs, frames, _] = z.shape() else {
             return Err(PyValueError::new_err(format!("z must have shape (E, T, D), got {}", tuple(z.shape()))).into());
         };
         let past = past.as_ref().map_or(Ok(Vec::new()), |past| slice("past", past).map(<[f32]>::to_vec))?;
-        let (z, goal) = (slice("z", &z)?.to_vec(), slice("goal", &goal)?);
+        let z = slice("z", &z)?.to_vec();
+        let goal = Goal { latents: slice("goal", &goal)?, cost: cost_of(cost)? };
         let objective = engine::Objective::new(Arc::clone(&self.engine), envs, frames, z, past, goal)?;
         Ok(Objective { objective: Arc::new(objective) })
     }
@@ -181,6 +200,11 @@ fn precision_of(name: &str) -> PyResult<Precision> {
     }
 }
 
+fn cost_of(name: &str) -> PyResult<Cost> {
+    let unknown = || PyValueError::new_err(format!("cost must be \"latent\" or \"distance\", got {name:?}"));
+    Cost::named(name).ok_or_else(unknown)
+}
+
 fn tensor(name: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<(String, Tensor)> {
     let name: String = name.extract()?;
     let array = value.cast::<PyArrayDyn<f32>>().map_err(|_| {
@@ -196,6 +220,9 @@ fn config_of(config: &Bound<'_, PyDict>) -> PyResult<Config> {
             0 => Err(PyValueError::new_err(format!("{name} must be at least 1, got 0"))),
             number => Ok(number),
         }
+    };
+    let flag = |name: &str| -> PyResult<bool> {
+        config.get_item(name)?.ok_or_else(|| PyKeyError::new_err(format!("config lacks {name}")))?.extract()
     };
     Ok(Config {
         image_size: field("image_size")?,
@@ -215,5 +242,9 @@ fn config_of(config: &Bound<'_, PyDict>) -> PyResult<Config> {
         block_dim: field("block_dim")?,
         action_smoothed: field("action_smoothed")?,
         action_hidden: field("action_hidden")?,
+        distance_head: flag("distance_head")?,
+        action_prior: flag("action_prior")?,
+        prior_blocks: field("prior_blocks")?,
+        head_hidden: field("head_hidden")?,
     })
 }

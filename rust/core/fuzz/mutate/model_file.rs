@@ -49,6 +49,10 @@ pub fn base() -> Base {
         block_dim: 1,
         action_smoothed: 1,
         action_hidden: 2,
+        distance_head: true,
+        action_prior: true,
+        prior_blocks: 1,
+        head_hidden: 2,
     };
     let pool = Arc::new(Pool::new(1));
     let mut tensors = Tensors::new();

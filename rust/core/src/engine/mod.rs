@@ -20,6 +20,7 @@ pub mod bench;
 mod bytes;
 mod encoder;
 mod gemm;
+mod head;
 mod kernels;
 mod layout;
 mod predictor;
@@ -42,9 +43,10 @@ pub use weights::{Tensor, Tensors};
 use crate::pool::Pool;
 use crate::Error;
 use encoder::Encoder;
+use head::Head;
 use kernels::Kernels;
 use layout::{Line, Rows, LANES};
-use predictor::{Predictor, Rollout};
+use predictor::{write_row, Predictor, Rollout};
 
 /// Architecture of a model; the fields are those of the model file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +70,47 @@ pub struct Config {
     pub block_dim: usize,
     pub action_smoothed: usize,
     pub action_hidden: usize,
+    pub distance_head: bool,
+    pub action_prior: bool,
+    pub prior_blocks: usize,
+    pub head_hidden: usize,
+}
+
+/// What a candidate costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cost {
+    /// The squared distance of the last imagined latent to the goal, summed over D.
+    Latent,
+    /// The action blocks between the two that the model's distance head estimates.
+    Distance,
+}
+
+impl Cost {
+    /// The cost that the Python side calls `name`.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "latent" => Some(Self::Latent),
+            "distance" => Some(Self::Distance),
+            _ => None,
+        }
+    }
+}
+
+/// Where candidates shall lead, and how far they are from it.
+#[derive(Clone, Copy, Debug)]
+pub struct Goal<'a> {
+    /// A latent for each environment (E, D).
+    pub latents: &'a [f32],
+    /// What is measured.
+    pub cost: Cost,
+}
+
+/// The same as padded lines, of what the head makes of the latents where it is asked.
+#[derive(Debug)]
+struct Goals {
+    lines: Vec<Line>,
+    cost: Cost,
 }
 
 /// A model ready to encode and to imagine on this processor.
@@ -77,6 +120,8 @@ pub struct Engine {
     kernels: &'static Kernels,
     encoder: Encoder,
     predictor: Predictor,
+    distance: Option<Head>,
+    prior: Option<Head>,
     pool: Arc<Pool>,
     /// Workspaces that no call uses now.
     encoding: Mutex<Vec<encoder::Workspace>>,
@@ -120,12 +165,18 @@ impl Engine {
         let kernels = find(precision, cpu)?;
         // Not every instruction set of bfloat16 has float32.
         let exact = find(Precision::Float32, cpu).or_else(|_| find(Precision::Float32, None))?;
+        let (d, hidden) = (config.embed_dim, config.head_hidden);
+        let distance = config.distance_head.then(|| Head::new(tensors, "distance_head", d, hidden, d));
+        let blocks = config.prior_blocks * config.block_dim;
+        let prior = config.action_prior.then(|| Head::new(tensors, "action_prior", 2 * d, hidden, blocks));
         Ok(Self {
             config: config.clone(),
             exact,
             kernels,
             encoder: Encoder::new(config, tensors)?,
             predictor: Predictor::new(config, tensors, kernels)?,
+            distance: distance.transpose()?,
+            prior: prior.transpose()?,
             pool,
             encoding: Mutex::default(),
             rolling: Mutex::default(),
@@ -250,17 +301,16 @@ impl Engine {
         Ok(())
     }
 
-    /// Costs (E, S) of candidates: the squared distance of the last imagined latent to `goal` (E, D), summed over D. The
-    /// other arguments are those of [`Engine::rollout`].
+    /// Costs (E, S) of candidates for `goal`. The other arguments are those of [`Engine::rollout`].
     ///
     /// # Errors
-    /// [`Error::Argument`]: lengths that do not fit `shape`.
+    /// [`Error::Argument`]: lengths that do not fit `shape`, or a cost that needs a head which the model does not have.
     pub fn costs(
         &self,
         shape: Shape,
         z: &[f32],
         past: &[f32],
-        goal: &[f32],
+        goal: Goal<'_>,
         candidates: &[f32],
         out: &mut [f64],
     ) -> Result<(), Error> {
@@ -268,17 +318,55 @@ impl Engine {
         self.score(shape, z, past, &goals, candidates, out)
     }
 
-    /// `goal` (E, D) as padded lines.
-    fn goals(&self, shape: Shape, goal: &[f32]) -> Result<Vec<Line>, Error> {
+    /// `goal` as it is compared with.
+    fn goals(&self, shape: Shape, goal: Goal<'_>) -> Result<Goals, Error> {
         let (width, lines) = (self.config.embed_dim, layout::lines(self.config.embed_dim));
-        check("goal", goal.len(), shape.envs * width)?;
+        check("goal", goal.latents.len(), shape.envs * width)?;
         let mut goals = vec![Line::ZERO; shape.envs * lines];
-        for (goal, to) in goal.chunks_exact(width).zip(goals.chunks_exact_mut(lines)) {
+        let embedded = match goal.cost {
+            Cost::Latent => None,
+            Cost::Distance if self.distance.is_some() => Some(self.head("distance_head", goal.latents)?),
+            Cost::Distance => {
+                return Err(Error::Argument("cost must be \"latent\": the model has no distance head".into()));
+            }
+        };
+        let values = embedded.as_deref().unwrap_or(goal.latents);
+        for (goal, to) in values.chunks_exact(width).zip(goals.chunks_exact_mut(lines)) {
             for (i, &x) in goal.iter().enumerate() {
                 to[i / LANES].0[i % LANES] = x;
             }
         }
-        Ok(goals)
+        Ok(Goals { lines: goals, cost: goal.cost })
+    }
+
+    /// What head `name` makes of rows of its inputs, one after the other: `distance_head`, D to D, or `action_prior`, 2 D
+    /// (now, then the goal) to a number of blocks.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: the model has no such head, or `rows` holds no whole rows.
+    pub fn head(&self, name: &str, rows: &[f32]) -> Result<Vec<f32>, Error> {
+        let found = match name {
+            "distance_head" => self.distance.as_ref(),
+            "action_prior" => self.prior.as_ref(),
+            _ => None,
+        };
+        let Some(head) = found else { return Err(Error::Argument(format!("the model has no head {name:?}"))) };
+        if !rows.len().is_multiple_of(head.inputs) {
+            let (want, got) = (head.inputs, rows.len());
+            return Err(Error::Argument(format!("rows must have a multiple of {want} numbers, got {got}")));
+        }
+        let mut out = vec![0.0; rows.len() / head.inputs * head.outputs];
+        // SAFETY: the processor has `exact`, and rows are as wide as the head's inputs and outputs.
+        unsafe {
+            let read = |row: usize, x: Rows, at: usize| write_row(x, at, &rows[row * head.inputs..][..head.inputs]);
+            head.run(self.exact, rows.len() / head.inputs, read, |row, y, at| {
+                for (line, to) in out[row * head.outputs..][..head.outputs].chunks_mut(LANES).enumerate() {
+                    let line = *y.at(at, line);
+                    to.copy_from_slice(&line.0[..to.len()]);
+                }
+            });
+        }
+        Ok(out)
     }
 
     fn score(
@@ -286,23 +374,39 @@ impl Engine {
         shape: Shape,
         z: &[f32],
         past: &[f32],
-        goals: &[Line],
+        goals: &Goals,
         candidates: &[f32],
         out: &mut [f64],
     ) -> Result<(), Error> {
         let job = self.job(shape, z, past, candidates)?;
         check("out", out.len(), shape.envs * shape.samples)?;
-        let lines = goals.len() / shape.envs.max(1);
+        let lines = layout::lines(self.config.embed_dim);
         let out = Parts(out.as_mut_ptr());
+        let goal = |row: usize| {
+            let goal = &goals.lines[row / shape.samples * lines..][..lines];
+            // SAFETY: lines are sixteen numbers.
+            unsafe { std::slice::from_raw_parts(goal.as_ptr().cast::<f32>(), lines * LANES) }
+        };
         self.run(shape, &job, &|first, rows, latents| {
             let out = &out;
             let z = latents(shape.frames + shape.horizon - 1);
-            for row in first..first + rows {
-                let goal = &goals[row / shape.samples * lines..][..lines];
-                // SAFETY: the processor has these kernels; lines are sixteen numbers; every row is one task's.
-                unsafe {
-                    let goal = std::slice::from_raw_parts(goal.as_ptr().cast::<f32>(), lines * LANES);
-                    *out.0.add(row) = f64::from((self.kernels.distance)(z, row - first, goal));
+            // SAFETY: the processor has these kernels; every row is one task's; a head's inputs are latents.
+            unsafe {
+                if let (Cost::Distance, Some(head)) = (goals.cost, &self.distance) {
+                    let read = |row: usize, x: Rows, at: usize| {
+                        for line in 0..lines {
+                            *x.at(at, line) = *z.at(row, line);
+                        }
+                    };
+                    head.run(self.exact, rows, read, |row, y, at| {
+                        let square = (self.exact.distance)(y, at, goal(first + row));
+                        *out.0.add(first + row) = f64::from(square.sqrt());
+                    });
+                } else {
+                    for row in 0..rows {
+                        let square = (self.kernels.distance)(z, row, goal(first + row));
+                        *out.0.add(first + row) = f64::from(square);
+                    }
                 }
             }
         });
@@ -350,21 +454,21 @@ pub struct Objective {
     frames: usize,
     z: Vec<f32>,
     past: Vec<f32>,
-    goals: Vec<Line>,
+    goals: Goals,
 }
 
 impl Objective {
     /// Latents `z` (E, T, D) of the observed frames, normalised blocks `past` (E, T - 1, A) between them, goals (E, D).
     ///
     /// # Errors
-    /// [`Error::Argument`]: lengths that do not fit.
+    /// [`Error::Argument`]: lengths that do not fit, or a cost that needs a head which the model does not have.
     pub fn new(
         engine: Arc<Engine>,
         envs: usize,
         frames: usize,
         z: Vec<f32>,
         past: Vec<f32>,
-        goal: &[f32],
+        goal: Goal<'_>,
     ) -> Result<Self, Error> {
         let c = engine.config();
         if envs == 0 || frames == 0 {

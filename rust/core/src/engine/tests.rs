@@ -10,7 +10,7 @@ use super::gemm::{End, Gate, Product, Start};
 use super::kernels::{Kernels, Precision, ALL, AMX_EMULATED, PORTABLE};
 use super::layout::{lines, padded, Buffer, Line, Rows, LANES};
 use super::weights::{bfloat16, Groups, Linear, Packed};
-use super::{Config, Engine, Objective, Shape, Tensor, Tensors};
+use super::{Config, Cost, Engine, Goal, Objective, Shape, Tensor, Tensors};
 use crate::pool::Pool;
 use crate::Error;
 
@@ -330,6 +330,10 @@ fn config(embed: usize, dim: usize) -> Config {
         block_dim: 7,
         action_smoothed: 10,
         action_hidden: 40,
+        distance_head: false,
+        action_prior: false,
+        prior_blocks: 3,
+        head_hidden: 45,
     }
 }
 
@@ -399,6 +403,18 @@ fn tensors(c: &Config, seed: u64) -> Tensors {
     let patches = (c.image_size / c.patch_size).pow(2);
     add("encoder.embeddings.position_embeddings", &[patches + 1, c.encoder_dim], 0.5, 0.0);
     add("encoder.embeddings.cls_token", &[c.encoder_dim], 0.5, 0.0);
+    // Always there; a model takes those that it has.
+    let blocks = c.prior_blocks * c.block_dim;
+    for (name, inputs, outputs) in
+        [("distance_head", c.embed_dim, c.embed_dim), ("action_prior", 2 * c.embed_dim, blocks)]
+    {
+        for (place, outputs, inputs) in
+            [(0, c.head_hidden, inputs), (2, c.head_hidden, c.head_hidden), (4, outputs, c.head_hidden)]
+        {
+            add(&format!("{name}.net.{place}.weight"), &[outputs, inputs], 1.7 * (inputs as f64).powf(-0.5), 0.0);
+            add(&format!("{name}.net.{place}.bias"), &[outputs], 0.2, 0.0);
+        }
+    }
     tensors
 }
 
@@ -442,8 +458,13 @@ impl World {
 
     fn costs(&self, engine: &Engine) -> Vec<f32> {
         let mut out = vec![0.0; self.shape.envs * self.shape.samples];
-        engine.costs(self.shape, &self.z, &self.past, &self.goal, &self.candidates, &mut out).unwrap();
+        engine.costs(self.shape, &self.z, &self.past, self.goal(), &self.candidates, &mut out).unwrap();
         out.into_iter().map(|cost| cost as f32).collect()
+    }
+
+    fn goal(&self) -> Goal<'_> {
+        let cost = if self.config.distance_head { Cost::Distance } else { Cost::Latent };
+        Goal { latents: &self.goal, cost }
     }
 
     /// Environment `env` alone, its candidates `samples`.
@@ -542,11 +563,88 @@ fn costs_are_the_distances_of_the_rollout_and_an_objective_gives_the_same() {
             assert!((got[row] - want).abs() < 1e-4 * want.max(1.0), "{} {want}", got[row]);
         }
         let (z, past) = (world.z.clone(), world.past.clone());
-        let objective = Objective::new(engine, s.envs, frames, z, past, &world.goal).unwrap();
+        let objective = Objective::new(engine, s.envs, frames, z, past, world.goal()).unwrap();
         let mut same = vec![0.0; got.len()];
         objective.costs(&world.candidates, s.samples, &mut same).unwrap();
         assert!(same.iter().zip(&got).all(|(&same, &got)| same as f32 == got));
     }
+}
+
+/// A head in float64.
+fn perceptron(tensors: &Tensors, name: &str, x: &[f32]) -> Vec<f64> {
+    let mut x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+    for place in [0, 2, 4] {
+        let [weight, bias] = ["weight", "bias"].map(|part| &tensors[&format!("{name}.net.{place}.{part}")].values);
+        let dot = |row: &[f32]| row.iter().zip(&x).map(|(&w, x)| f64::from(w) * x).sum::<f64>();
+        let y = weight.chunks_exact(x.len()).zip(bias).map(|(row, &b)| dot(row) + f64::from(b));
+        x = y.map(|y| if place == 4 { y } else { y * normal(y) }).collect();
+    }
+    x
+}
+
+/// The normal distribution function, as a sum of its density.
+fn normal(x: f64) -> f64 {
+    const STEPS: usize = 2000;
+    let density = |t: f64| (-t * t / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    let step = x / STEPS as f64;
+    0.5 + (0..STEPS).map(|i| density((i as f64 + 0.5) * step) * step).sum::<f64>()
+}
+
+#[test]
+fn heads_are_the_perceptrons_they_should_be_on_every_instruction_set() {
+    let mut world = World::new(config(40, 64), Shape { envs: 2, frames: 1, samples: 150, horizon: 2 });
+    world.config.distance_head = true;
+    world.config.action_prior = true;
+    let (d, tokens) = (world.config.embed_dim, 3);
+    for k in tables() {
+        let engine = world.engine(k, 2);
+        let latents = world.latents(k);
+        for (row, (got, trajectory)) in world.costs(&engine).iter().zip(latents.chunks_exact(tokens * d)).enumerate() {
+            if row % 37 > 0 {
+                continue;
+            }
+            let goal = perceptron(&world.tensors, "distance_head", &world.goal[row / 150 * d..][..d]);
+            let last = perceptron(&world.tensors, "distance_head", &trajectory[2 * d..]);
+            let want = last.iter().zip(goal).map(|(z, goal)| (z - goal).powi(2)).sum::<f64>().sqrt();
+            assert!((f64::from(*got) - want).abs() < 2e-5 * want.max(1.0), "{} {got} {want}", k.name);
+        }
+        let pairs: Vec<f32> =
+            world.z.chunks_exact(d).zip(world.goal.chunks_exact(d)).flat_map(|(z, g)| [z, g].concat()).collect();
+        let got = engine.head("action_prior", &pairs).unwrap();
+        let want: Vec<_> =
+            pairs.chunks_exact(2 * d).flat_map(|x| perceptron(&world.tensors, "action_prior", x)).collect();
+        assert_eq!(got.len(), want.len());
+        assert!(got.iter().zip(want).all(|(&got, want)| (f64::from(got) - want).abs() < 2e-5), "{}", k.name);
+    }
+}
+
+fn fails<T: std::fmt::Debug>(result: Result<T, Error>, text: &str) {
+    match result {
+        Err(Error::Argument(got)) => assert!(got.contains(text), "{got}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_head_that_is_not_there_is_refused() {
+    let world = World::new(config(40, 64), Shape { envs: 1, frames: 1, samples: 2, horizon: 1 });
+    let engine = world.engine(&PORTABLE, 1);
+    let goal = Goal { latents: &world.goal, cost: Cost::Distance };
+    fails(engine.costs(world.shape, &world.z, &[], goal, &world.candidates, &mut [0.0; 2]), "has no distance head");
+    fails(engine.head("distance_head", &world.z).map(|_| ()), "has no head \"distance_head\"");
+    let mut with = world.config.clone();
+    with.distance_head = true;
+    let mut tensors = world.tensors.clone();
+    let make = |c: &Config, t: &Tensors| {
+        Engine::new(c, t, Precision::Float32, None, Arc::new(Pool::new(1)))
+            .map(|engine| engine.head("distance_head", &[0.0; 41]))
+    };
+    fails(make(&with, &tensors).unwrap().map(|_| ()), "multiple of 40");
+    tensors.get_mut("distance_head.net.2.weight").unwrap().values.pop();
+    fails(make(&with, &tensors).map(|_| ()), "distance_head.net.2.weight of the weights must have 2025 values");
+    tensors.remove("distance_head.net.0.bias");
+    tensors.remove("distance_head.net.2.weight");
+    fails(make(&with, &tensors).map(|_| ()), "weights lack distance_head.net.0.bias");
 }
 
 #[test]
@@ -563,12 +661,6 @@ fn a_workspace_serves_every_shape_in_any_order() {
 
 #[test]
 fn what_does_not_fit_is_named() {
-    fn fails<T: std::fmt::Debug>(result: Result<T, Error>, text: &str) {
-        match result {
-            Err(Error::Argument(got)) => assert!(got.contains(text), "{got}"),
-            other => panic!("{other:?}"),
-        }
-    }
     let world = World::new(config(40, 64), Shape { envs: 1, frames: 1, samples: 2, horizon: 1 });
     let pool = Arc::new(Pool::new(1));
     let make = |tensors: &Tensors, cpu| Engine::new(&world.config, tensors, Precision::Float32, cpu, Arc::clone(&pool));
@@ -588,7 +680,7 @@ fn what_does_not_fit_is_named() {
     let engine = world.engine(&PORTABLE, 1);
     fails(engine.encode(&[0; 10], &mut [0.0; 40]), "frames has 10 bytes");
     let costs = |shape, z: &[f32], goal: &[f32], candidates: &[f32], out: &mut [f64]| {
-        engine.costs(shape, z, &world.past, goal, candidates, out)
+        engine.costs(shape, z, &world.past, Goal { latents: goal, cost: Cost::Latent }, candidates, out)
     };
     let (s, z, goal, candidates) = (world.shape, &world.z, &world.goal, &world.candidates);
     fails(costs(s, &z[1..], goal, candidates, &mut [0.0; 2]), "z must have 40 numbers, got 39");
