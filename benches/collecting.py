@@ -16,8 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import lewm
 from benches.common import kind
+
+import lewm
 
 TASKS = {"PushT": ("lewm/PushT-v0", "swm/PushT-v1"), "TwoRoom": ("lewm/TwoRoom-v0", "swm/TwoRoom-v1")}
 STEPS = 100

@@ -1,6 +1,6 @@
 """stable-worldmodel's World collecting with random actions: what `benches.collecting` starts in the Python that has it.
 
-    PYTHON benches/peer_collect.py ID SIZE EPISODES STEPS NUM_ENVS FORMAT     prints frames a second
+PYTHON benches/peer_collect.py ID SIZE EPISODES STEPS NUM_ENVS FORMAT     prints frames a second
 """
 
 from __future__ import annotations
