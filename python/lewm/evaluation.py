@@ -306,6 +306,8 @@ def evaluate(
     if not isinstance(protocol, Protocol):
         raise TypeError(f"protocol must be a Protocol or the name of one, got {protocol!r}")
     planner = planner_of(model, _named("planner", planner, PLANNERS))
+    # A cost that the model takes by itself need not be asked for.
+    asked = replace(planner, cost=None) if planner == planner_of(model, replace(planner, cost=None)) else planner
     execute = planner.horizon if execute is None else integer("execute", execute, 1, planner.horizon + 1)
     wanted = protocol.pairs if pairs is None else integer("pairs", pairs, 1)
     batch = max(1, _CANDIDATES // planner.samples) if batch is None else integer("batch", batch, 1)
@@ -354,7 +356,7 @@ def evaluate(
         backend=model.backend,
         precision=model.precision,
         training=_training(model),
-        command=_command(protocol, n, planner, execute, seed, data is not None),
+        command=_command(protocol, n, asked, execute, seed, data is not None),
         versions=_versions(),
         seconds=time.perf_counter() - started,
         success=solved,
