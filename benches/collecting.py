@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benches.common import kind
+from benches.common import cpu
 
 import lewm
 
@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, (own, other) in TASKS.items():
         mine, peer = [], []
         for _ in range(options.rounds):
-            mine.append(ours(own, options.size, 64))
-            peer += [theirs(options.peer, other, options.size, 8, count, options.format) for count in (4, 8)]
+            mine.append(ours(own, options.size, 192))
+            peer += [theirs(options.peer, other, options.size, 16, count, options.format) for count in (4, 8)]
         best = max(row["frames_per_s"] for row in peer)
         row = {
             "name": f"collect {name} {options.size}",
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             "peer_frames_per_s": round(best),
             "ratio": round(statistics.median(mine) / best, 2),
             "peer": f"stable-worldmodel {peer[0]['version']}, {options.format}",
-            "kind": kind(),
+            "cpu": cpu(),
             "lewm": lewm.__version__,
         }
         print(json.dumps(row), flush=True)
