@@ -24,6 +24,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.lib.stride_tricks import sliding_window_view
 
+from lewm.envs.task import TERMINAL_SIZE, half_blocks
+
 EXTENT = 224  # the picture's side, in units
 SPEED = 5.0  # units per step and axis at action 1
 SUCCESS_DISTANCE = 16.0
@@ -40,7 +42,6 @@ _DOT_STD = 7.0
 _DOT_RADIUS = 42.0  # beyond it the dot's opacity is less than half a unit in the last place of a float32 1
 _CHUNK = 32  # pictures blended at a time: few enough that the work stays in the cache
 _FRAME_SECONDS = 0.1  # a live terminal shows 10 steps a second
-_TERMINAL_SIZE = 32  # side of the picture in a terminal, in half blocks
 
 
 # ---------------------------------------------------------------------------------------------------------- dynamics
@@ -187,15 +188,6 @@ def _profile(centres: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.
     return first, sliding_window_view(opacity, side, axis=1)[np.arange(len(centres)), first]
 
 
-def _half_blocks(picture: np.ndarray) -> str:
-    """A picture (H, W, 3) as H / 2 lines of coloured half blocks, for a terminal that knows 24-bit colours."""
-    lines = []
-    for upper, lower in zip(picture[::2].tolist(), picture[1::2].tolist(), strict=True):
-        cells = [f"\x1b[38;2;{a};{b};{c};48;2;{d};{e};{f}m▀" for (a, b, c), (d, e, f) in zip(upper, lower, strict=True)]
-        lines.append("".join(cells) + "\x1b[0m")
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------------------------------ environments
 
 
@@ -283,10 +275,10 @@ class TwoRoomEnv(gymnasium.Env):
 
     def _draw(self) -> None:
         (x, y), (goal_x, goal_y) = _started(self._states)[0], self._goals[0]
-        picture = _half_blocks(render_states(self._states, _TERMINAL_SIZE)[0])
+        picture = half_blocks(render_states(self._states, TERMINAL_SIZE)[0])
         # A live terminal shows one picture that moves, anything else gets one after the other.
         live = sys.stdout.isatty()
-        up = f"\x1b[{_TERMINAL_SIZE // 2 + 1}A" if live and self._drawn else ""
+        up = f"\x1b[{TERMINAL_SIZE // 2 + 1}A" if live and self._drawn else ""
         print(f"{up}{picture}\nagent {x:5.1f} {y:5.1f}   goal {goal_x:5.1f} {goal_y:5.1f}", flush=True)
         self._drawn = True
         if live:
