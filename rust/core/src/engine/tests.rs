@@ -334,6 +334,8 @@ fn config(embed: usize, dim: usize) -> Config {
         action_prior: false,
         prior_blocks: 3,
         head_hidden: 45,
+        action_prefix: false,
+        prefix_blocks: 3,
     }
 }
 
@@ -399,7 +401,7 @@ fn tensors(c: &Config, seed: u64) -> Tensors {
         add(&format!("{name}.net.1.running_mean"), &[c.projector_hidden], 0.2, 0.0);
         add(&format!("{name}.net.1.running_var"), &[c.projector_hidden], 0.2, 1.0);
     }
-    add("predictor.pos_embedding", &[c.history, c.embed_dim], 0.5, 0.0);
+    add("predictor.pos_embedding", &[c.positions(), c.embed_dim], 0.5, 0.0);
     let patches = (c.image_size / c.patch_size).pow(2);
     add("encoder.embeddings.position_embeddings", &[patches + 1, c.encoder_dim], 0.5, 0.0);
     add("encoder.embeddings.cls_token", &[c.encoder_dim], 0.5, 0.0);
