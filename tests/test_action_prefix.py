@@ -88,7 +88,8 @@ def test_rounded_factors(precision):
     z, goal, candidates, _ = case(exact, 2, 40, 5)
     want, got = (m.rollout(z, candidates) for m in (exact, fast))
     assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
-    np.testing.assert_allclose(fast.costs(z, goal, candidates, cost="latent"), fast.cost(got, goal, "latent"), rtol=1e-4)
+    costs = fast.costs(z, goal, candidates, cost="latent")
+    np.testing.assert_allclose(costs, fast.cost(got, goal, "latent"), rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", others())
@@ -97,9 +98,9 @@ def test_a_plan_is_that_of_torch(backend, planner):
     """With the distance head's cost, from the action prior's guess, and beyond a pass."""
     planner = planner(samples=16, iterations=2, elites=4, horizon=4)
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    models = (made(name, EVEN, **PREFIX) for name in (backend, "torch"))
     got, want = (
-        lewm.plan(frames[:2], frames[2:], model=made(name, EVEN, **PREFIX), planner=planner, seed=5, return_rollout=True)
-        for name in (backend, "torch")
+        lewm.plan(frames[:2], frames[2:], model=model, planner=planner, seed=5, return_rollout=True) for model in models
     )
     for name in ("actions", "cost", "mean", "trace", "imagined"):
         np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-3, atol=1e-4, err_msg=name)

@@ -562,8 +562,8 @@ fn all_encode_the_same_within_rounding_on_any_number_of_threads() {
 
 #[test]
 fn costs_are_the_distances_of_the_rollout_and_an_objective_gives_the_same() {
-    let windows = WINDOWS
-        .map(|[frames, horizon]| World::new(config(40, 64), Shape { envs: 2, frames, samples: 19, horizon }));
+    let windows =
+        WINDOWS.map(|[frames, horizon]| World::new(config(40, 64), Shape { envs: 2, frames, samples: 19, horizon }));
     for world in windows.into_iter().chain(prefixes()) {
         let s = world.shape;
         let (frames, horizon) = (s.frames, s.horizon);
