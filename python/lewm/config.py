@@ -46,9 +46,8 @@ class ModelConfig:
             start from.
         prior_blocks: Blocks that this head guesses.
         head_hidden: Hidden width of the heads.
-        action_prefix: Whether the predictor takes the current latent alone, which is also its `history`, and predicts in
-            one pass where every prefix of the actions leads (Fast-LeWM, arXiv 2606.26217), instead of one block after
-            the other.
+        action_prefix: Whether the predictor takes the current latent alone (`history` is 1) and predicts in one pass
+            where every prefix of the actions leads (Fast-LeWM, arXiv 2606.26217), instead of one block after the other.
         prefix_blocks: Blocks of such a pass, at most; plans that are longer go on from the last latent of a pass.
     """
 
