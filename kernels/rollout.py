@@ -212,13 +212,13 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
                       alone_bias_ptr, key_ptr, value_ptr, operand_ptr, y_ptr, zero_ptr, R, STRIDE: tl.constexpr,
                       N: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr,
                       FROM: tl.constexpr, ASKS: tl.constexpr, KEEP: tl.constexpr, CLEAR: tl.constexpr,
-                      SPLITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                      SAME: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
                       PRECISION: tl.constexpr):  # fmt: skip
     """y = x + gate attention(operand(x)) at the positions ASKS .. WINDOW - 1 of every candidate.
 
-    x is what is given plus position (WINDOW, N); x, y: (WINDOW, R, N). Positions below FROM have left their keys
-    and values in key and value (., R, HEADS HEAD); KEEP leaves those of the others there. A program has some candidates
-    and, of SPLITS, one share of the heads. CLEAR: zero (WINDOW, R, N) is cleared.
+    x is what is given plus position (WINDOW, N); x, y: (WINDOW, R, N), with SAME x: (R, N) at all positions. Positions
+    below FROM have left their keys and values in key and value (., R, HEADS HEAD); KEEP leaves those of the others
+    there. A program has some candidates and, of SPLITS, one share of the heads. CLEAR: zero (WINDOW, R, N) is cleared.
     """
     TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     TILES: tl.constexpr = N // C
@@ -235,7 +235,7 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
     # rest. All splits of the same candidates write the same numbers.
     for p in tl.static_range(FROM, WINDOW):
         at = p * R + first
-        plain = _load_rows(x_ptr + at * N, rows, N, live, N, C)
+        plain = _load_rows(x_ptr + (first if SAME else at) * N, rows, N, live, N, C)
         x = ()
         for c in tl.static_range(TILES):
             x = x + (plain[c] + tl.load(position_ptr + p * N + c * C + inputs)[None, :],)
@@ -326,8 +326,9 @@ def _attention_kernel(x_ptr, position_ptr, modulation_ptr, qkv_ptr, qkv_bias_ptr
             value = total[c * (WINDOW - LOOKS) + p - LOOKS]
             if mine:
                 value += tl.load(out_bias_ptr + columns)[None, :]
-            _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, p * R + first, p, rows, live, columns, STRIDE, value,
-                    mine, N, SPLITS)  # fmt: skip
+            at = p * R + first
+            _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first if SAME else at, at, p, rows, live, columns,
+                    STRIDE, value, mine, N, SPLITS)  # fmt: skip
         if CLEAR:
             if mine:
                 for p in tl.static_range(ASKS, WINDOW):
@@ -348,18 +349,21 @@ def _alone(x_ptr, position_ptr, modulation_ptr, matrix_ptr, bias_ptr, operand_pt
         a = tl.load(a_ptr + rows[:, None] * N + inputs[None, :], mask=live[:, None], other=0.0)
         matrix = tl.load(matrix_ptr + i * (C * N) + inputs[:, None] * N + columns[None, :])
         value = _dot(a, matrix, value, PRECISION)
-    _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first, 0, rows, live, columns, STRIDE, value, True, N, 1)
+    _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, first, first, 0, rows, live, columns, STRIDE, value, True, N, 1)
 
 
 @triton.jit
-def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, at, p, rows, live, columns, STRIDE, value, mine,
+def _finish(x_ptr, position_ptr, modulation_ptr, y_ptr, source, at, p, rows, live, columns, STRIDE, value, mine,
             N: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Adds gate value, and x for one of the splits, to one tile of y at position p; its first row is `at`."""
+    """Adds gate value, and x for one of the splits, to one tile of y at position p.
+
+    Their first rows are `source` of x and `at` of y.
+    """
     gate_ptr = modulation_ptr + at * STRIDE + 2 * N
     gate = tl.load(gate_ptr + rows[:, None] * STRIDE + columns[None, :], mask=live[:, None], other=0.0)
     value = gate.to(tl.float32) * value
     if mine:
-        value += tl.load(x_ptr + at * N + rows[:, None] * N + columns[None, :], mask=live[:, None], other=0.0)
+        value += tl.load(x_ptr + source * N + rows[:, None] * N + columns[None, :], mask=live[:, None], other=0.0)
         value += tl.load(position_ptr + p * N + columns)[None, :]
     _add_rows(y_ptr + at * N, rows, live, columns, N, value, SPLITS)
 
@@ -474,6 +478,8 @@ def obstacle(config: Any) -> str | None:
         return f"predictor_head_dim {config.predictor_head_dim} is not 16, 32, 64 or 128"
     if config.history > 4:
         return f"history {config.history} is above 4"
+    if config.action_prefix and config.prefix_blocks > 8:
+        return f"prefix_blocks {config.prefix_blocks} is above 8"
     return None
 
 
@@ -488,7 +494,7 @@ class Weights:
     precision: str
     action: tuple[Tensor, ...]  # up (A padded, hidden), bias, down (hidden, N), bias
     modulation: tuple[Tensor, Tensor]  # (N, 6 L N): shift, scale and gate of attention, then of the MLP, of every layer
-    positions: Tensor  # (history, N)
+    positions: Tensor  # (config.positions, N)
     attention: tuple[Tensor, ...]  # (L, ...): qkv (3 heads, N, head), bias, out (inner, N), bias, alone (N, N), bias
     mlp: tuple[Tensor, ...]  # (L, ...): up (N, hidden), bias, down (hidden, N), bias
     output: tuple[Tensor, Tensor]  # up (N, hidden), bias
@@ -609,6 +615,8 @@ class Tiles:
         chunk: Hidden units that a program has in registers.
         stages: Chunks of weights under way.
         width: Columns that a row is cut into, at most.
+        positions: Prefixes that a program of attention computes, at most; the next program has the keys and values of
+            those before from memory.
         exact: How Triton multiplies in precision "float32", and heads always; AMD's matrix units take float32 as it is.
     """
 
@@ -618,6 +626,7 @@ class Tiles:
     stages: int
     width: int = 64
     exact: str = "tf32x3"
+    positions: int = 3
 
 
 @dataclass(frozen=True)
@@ -652,7 +661,8 @@ def tiles(config: Any, rows: int, precision: str, processors: int, target: int) 
     if precision != "bfloat16":
         return Tiles((16, 1, 8), (16, 1, 4), tile(config.predictor_mlp, 32), 2, 32, exact)
     if wide and target == 90:
-        return Tiles((32, 1, 8), (128, 1, 8), tile(config.predictor_mlp, 64), stages=3)
+        candidates = 16 if config.action_prefix else 32
+        return Tiles((candidates, 1, 8), (128, 1, 8), tile(config.predictor_mlp, 64), stages=3)
     units, chunk, stages = (64, 64, 3) if target == 90 else (32, 32, 2)
     chunk = tile(config.predictor_mlp, chunk)
     heads, hidden = shares(16, config.predictor_heads), shares(units, config.predictor_mlp // chunk)
@@ -677,7 +687,7 @@ class Rollout:
         device = w.positions.device
         self.cut = cut or tiles(c, rows, w.precision, *gpu(device))
         n, kind = c.predictor_dim, w.modulation[0].dtype
-        window = min(c.history, frames + horizon - 1)
+        window = min(c.positions, horizon if c.action_prefix else frames + horizon - 1)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -691,10 +701,10 @@ class Rollout:
         self._x = empty(3, window, rows, n)
         self._nowhere = torch.zeros_like(w.positions)  # tokens have positions; what a layer leaves has them in it
         self._operand = empty(window, rows, n, dtype=kind)
-        grows = frames < c.history and horizon > 1
-        self._cache = empty(
-            2, c.predictor_depth, window if grows else 0, rows, c.predictor_heads * c.predictor_head_dim, dtype=kind
-        )
+        # Keys and values of all layers while a window grows, and of one layer where prefixes take several programs.
+        grows, parts = frames < c.history and horizon > 1, c.action_prefix and window > self.cut.positions
+        kept = (c.predictor_depth if grows else 1, window if grows or parts else 0)
+        self._cache = empty(2, *kept, rows, c.predictor_heads * c.predictor_head_dim, dtype=kind)
         self.launches = self._steps(every)
         self._replay: Callable[[], None] | None = None
 
@@ -759,24 +769,39 @@ class Rollout:
                 self._turn = self._turn[1:] + self._turn[:1]
 
         self._turn = list(self._x) if shared else [self._x[0]] * 3
-        end = self.frames + self.horizon
-        for t in range(self.frames, end):
-            start = max(0, t - c.history)
-            size = t - start
-            # While the window grows, keys and values of earlier positions are kept. Positions are relative to the
-            # window, so when it slides all are computed anew.
-            first = size - 1 if start == 0 and t > self.frames else 0
-            keep = start == 0 and t < c.history and t + 1 < end
+        for start, size, first, keep in self._windows():
+            # Only what is predicted leaves the last layer: the last position, and with prefixes those asked for.
+            leaving = 0 if c.action_prefix and every else size - 1
             for layer in range(c.predictor_depth):
-                asks = size - 1 if layer + 1 == c.predictor_depth else first  # only the last position leaves the last
-                launches.append(self._attention(layer, start, size, first, asks, keep, shared))
+                asks = leaving if layer + 1 == c.predictor_depth else first
+                step = self.cut.positions if c.action_prefix else size
+                for low in range(first, size, step):
+                    high = min(low + step, size)
+                    shown = min(max(low, asks), high), keep or high < size
+                    launches.append(self._attention(layer, start, high, low, *shown, shared))
                 turn()
                 launches.append(self._mlp(layer, start, size, asks, shared))
                 turn()
-            for target, down in self._targets(t, every):
-                launches.append(self._output(size, target, down, shared and t + 1 < end))
+            last = start + size + 1 == self.frames + self.horizon
+            for asks, target, down in self._targets(start, size, leaving, last, every):
+                launches.append(self._output(asks, size, target, down, shared and not last))
             turn()
         return launches
+
+    def _windows(self) -> Iterator[tuple[int, int, int, bool]]:
+        """For each time that the transformer is run: its first token, its tokens, the first of them that is not known
+        to it, and whether keys and values are kept."""
+        c, end = self.weights.config, self.frames + self.horizon
+        if c.action_prefix:  # start is the token that a pass goes out from
+            for start in range(self.frames - 1, end - 1, c.prefix_blocks):
+                yield start, min(c.prefix_blocks, end - 1 - start), 0, False
+            return
+        for t in range(self.frames, end):
+            start = max(0, t - c.history)
+            # While the window grows, keys and values of earlier positions are kept. Positions are relative to the
+            # window, so when it slides all are computed anew.
+            first = t - 1 if start == 0 and t > self.frames else 0
+            yield start, t - start, first, start == 0 and t < c.history and t + 1 < end
 
     def _attention(self, layer: int, start: int, size: int, first: int, asks: int, keep: bool, shared: bool) -> Launch:
         """First half of a layer, for the window of so many tokens from `start` on."""
@@ -791,6 +816,7 @@ class Rollout:
             "ASKS": asks,
             "KEEP": keep,
             "CLEAR": shared,
+            "SAME": c.action_prefix and layer == 0,
             "SPLITS": splits,
             "ROWS": rows,
             # With heads one after the other a third stage would take more registers than there are.
@@ -798,7 +824,7 @@ class Rollout:
             "num_warps": warps,
         }
         weights = (tensor[layer] for tensor in w.attention)
-        kept = (self._cache[0, layer], self._cache[1, layer], self._operand)
+        kept = (*self._cache[:, min(layer, self._cache.shape[1] - 1)], self._operand)
         source = (self._tokens[start], w.positions) if layer == 0 else (x, self._nowhere)
         arguments = (*source, modulation, *weights, *kept, y, zero, self.rows, self._modulation.shape[2])
         return self._launch(_attention_kernel, (triton.cdiv(self.rows, rows), splits), arguments, constants)
@@ -811,13 +837,13 @@ class Rollout:
         arguments = (x[asks], modulation, *weights, y[asks], zero[asks], (size - asks) * self.rows)
         return self._perceptron(arguments, self.cut.mlp[1], {"LAYER": True, "STRIPS": int(shared)})
 
-    def _output(self, size: int, target: Tensor, down: tuple[Tensor, Tensor], clear: bool) -> Launch:
-        """The last position's prediction."""
-        w, (x, _, zero) = self.weights, self._turn
+    def _output(self, asks: int, size: int, target: Tensor, down: tuple[Tensor, Tensor], clear: bool) -> Launch:
+        """The predictions of the positions from `asks` on."""
+        w, (x, _, zero), count = self.weights, self._turn, size - asks
         # Latents that are not tokens are not cleared, so they are not shared either.
         splits = self.cut.mlp[1] if down is w.to_token else 1
-        arguments = (x[size - 1], self._modulation, *w.output, *down, target, zero, self.rows)
-        return self._perceptron(arguments, splits, {"LAYER": False, "STRIPS": len(zero) if clear else 0})
+        arguments = (x[asks], self._modulation, *w.output, *down, target, zero, count * self.rows)
+        return self._perceptron(arguments, splits, {"LAYER": False, "STRIPS": len(zero) // count if clear else 0})
 
     def _perceptron(self, arguments: tuple[Any, ...], splits: int, constants: dict[str, Any]) -> Launch:
         (hidden, outputs), (rows, _, warps) = arguments[4].shape, self.cut.mlp
@@ -845,14 +871,17 @@ class Rollout:
         common = {"N": n, "C": tile(n, self.cut.width), "PRECISION": precision, "enable_fp_fusion": True}
         return Launch(kernel, grid, arguments, constants | common)
 
-    def _targets(self, t: int, every: bool) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
-        """Where the prediction of latent t goes, and by which map."""
-        w, last = self.weights, t + 1 == self.frames + self.horizon
-        found = []
-        if w.token is None or not last:
-            found.append((self._tokens[t], w.to_token))
+    def _targets(
+        self, start: int, size: int, leaving: int, last: bool, every: bool
+    ) -> list[tuple[int, Tensor, tuple[Tensor, Tensor]]]:
+        """Which predictions are made: of the positions from where on, to where, and by which map."""
+        w, found = self.weights, []
+        if w.token is None:
+            found.append((leaving, self._tokens[start + leaving + 1], w.to_token))
+        elif not last:  # what the next window or pass sees
+            found.append((size - 1, self._tokens[start + size], w.to_token))
         if w.token is not None and (every or last):
-            found.append((self.latents[t - self.frames], w.to_latent))
+            found.append((leaving, self.latents[start + leaving + 1 - self.frames], w.to_latent))
         return found
 
 
@@ -939,17 +968,22 @@ def examples(target: int = 90) -> Iterator[tuple[str, Callable[[], None]]]:
     from lewm.config import configure
     from lewm.network import LeWM
 
-    for preset, precision, rows in (
-        ("paper", "bfloat16", 300),
-        ("paper", "bfloat16", 15000),
-        ("paper", "float32", 300),
-        ("tiny", "bfloat16", 300),
+    prefix = {"history": 1, "action_prefix": True}
+    for preset, overrides, precision, rows in (
+        ("paper", {}, "bfloat16", 300),
+        ("paper", {}, "bfloat16", 15000),
+        ("paper", {}, "float32", 300),
+        ("tiny", {}, "bfloat16", 300),
+        ("paper", prefix, "bfloat16", 300),
+        ("paper", prefix, "bfloat16", 15000),
+        ("paper", prefix, "float32", 300),
     ):
-        config, _ = configure(preset, 2, {})
+        config, _ = configure(preset, 2, overrides)
         with torch.device("meta"):
             weights = pack(config, LeWM(config).state_dict(), precision, "meta")
         cut = tiles(config, rows, precision, 132, target)
-        yield f"{preset} {precision}, {rows} candidates", Rollout(weights, rows, 1, 5, cut=cut).run
+        kind = " prefixes" if overrides else ""
+        yield f"{preset}{kind} {precision}, {rows} candidates", Rollout(weights, rows, 1, 5, cut=cut).run
     for preset in ("paper", "tiny"):
         config, _ = configure(preset, 2, {"distance_head": True})
         with torch.device("meta"):

@@ -239,15 +239,18 @@ TRIPS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
 Run = tuple[str, list[tuple[code.Launch, int]]]
 
 
-def plan(environments: int, precision: str) -> Run:
-    """All launches of a plan of the paper's size, 300 candidates and 30 iterations for each environment."""
+def plan(environments: int, precision: str, prefix: bool = False) -> Run:
+    """All launches of a plan of the paper's size, 300 candidates and 30 iterations for each environment.
+
+    With `prefix` that of an action-prefix model.
+    """
     import torch
 
     from lewm.config import configure
     from lewm.kernels import planner, rollout
     from lewm.network import LeWM
 
-    config, _ = configure("paper", 2, {})
+    config, _ = configure("paper", 2, {"history": 1, "action_prefix": True} if prefix else {})
     with torch.device("meta"):
         weights = rollout.pack(config, LeWM(config).state_dict(), precision, "meta")
     search = rollout.Rollout(weights, 300 * environments, 1, 5)
@@ -255,13 +258,14 @@ def plan(environments: int, precision: str) -> Run:
     launches = [(launch, 30) for launch in code.record(search.run)] + [(launch, 1) for launch in code.record(final.run)]
     for _, function in planner.examples(90, environments):
         launches += [(launch, 30) for launch in code.record(function)]
-    return f"plan of {environments}, {precision}", launches
+    return f"plan of {environments}, {precision}{', prefixes' if prefix else ''}", launches
 
 
 def runs(module: str) -> list[Run]:
     """What is predicted of a module: its examples of the paper's size, and of the rollout whole plans."""
     if module == "rollout":
-        return [plan(environments, precision) for environments in (1, 50) for precision in ("bfloat16", "float32")]
+        both = [(environments, precision) for environments in (1, 50) for precision in ("bfloat16", "float32")]
+        return [plan(*one) for one in both] + [plan(*one, prefix=True) for one in both]
     found = [] if module == "planner" else list(code.examples(module))
     return [(label, [(x, 1) for x in code.record(call)]) for label, call in found if label.startswith("paper")]
 

@@ -109,6 +109,7 @@ def configs(draw):
     heads = draw(st.integers(1, 3))
     patch = draw(st.sampled_from([2, 5, 8]))
     embed = draw(sizes)
+    prefix = draw(st.booleans())
     return ModelConfig(
         action_dim=draw(st.integers(1, 3)),
         action_block=draw(st.integers(1, 3)),
@@ -125,7 +126,9 @@ def configs(draw):
         predictor_heads=draw(st.integers(1, 5)),
         predictor_head_dim=draw(sizes),
         predictor_mlp=draw(st.integers(1, 300)),
-        history=draw(st.integers(1, 5)),
+        history=1 if prefix else draw(st.integers(1, 5)),
+        action_prefix=prefix,
+        prefix_blocks=draw(st.integers(1, 5)),
         action_smoothed=draw(sizes),
         action_hidden=draw(sizes),
     )

@@ -24,6 +24,7 @@ SMALL = {
 OTHER = {"embed_dim": 16, "predictor_heads": 4}  # a latent is not yet a token
 WHOLE = Tiles((16, 1, 4), (16, 1, 4), 32, 1)
 SHARED = Tiles((16, 3, 4), (32, 3, 4), 32, 1, 16)
+PREFIX = {"history": 1, "action_prefix": True, "prefix_blocks": 5}
 FORWARD = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -87,6 +88,13 @@ def error(got, want):
         (OTHER, 1, 5, 1, 4),
         ({"action_dim": 11, "action_block": 3}, 1, 3, 1, 2),
         ({"predictor_dim": 16, "embed_dim": 16, "predictor_heads": 1, "predictor_mlp": 16}, 1, 3, 1, 2),
+        (PREFIX, 3, 7, 1, 5),  # one pass, in two programs
+        (PREFIX, 1, 1, 1, 1),
+        (PREFIX, 1, 17, 1, 2),
+        (PREFIX | {"prefix_blocks": 2}, 2, 5, 1, 5),  # the last pass is shorter
+        (PREFIX | {"prefix_blocks": 2}, 1, 3, 2, 4),
+        (PREFIX | OTHER | {"prefix_blocks": 4}, 2, 3, 1, 7),
+        (PREFIX | {"prefix_blocks": 8, "predictor_depth": 1}, 1, 2, 1, 8),
     ],
     ids=str,
 )
@@ -99,7 +107,11 @@ def test_float32(overrides, environments, samples, frames, horizon):
     assert error(got.latents, reference(net, z, past, candidates)) < FORWARD["float32"]
 
 
-@pytest.mark.parametrize(("overrides", "cut"), [(OTHER, WHOLE), ({}, SHARED)], ids=["whole", "shared"])
+@pytest.mark.parametrize(
+    ("overrides", "cut"),
+    [(OTHER, WHOLE), ({}, SHARED), (PREFIX | {"prefix_blocks": 3}, SHARED), (PREFIX | OTHER, SHARED)],
+    ids=["whole", "shared", "shared prefixes", "whole pass"],
+)
 @pytest.mark.usefixtures("poison")
 def test_bfloat16(overrides, cut):
     config, net = network(**overrides)
@@ -131,6 +143,19 @@ def test_a_candidate_does_not_depend_on_the_others():
     assert error(together[19:20], alone.double().cpu()) < 1e-6
 
 
+@pytest.mark.parametrize("cut", [WHOLE, SHARED], ids=["whole", "shared"])
+def test_only_the_last_latent_of_passes(cut):
+    """What earlier predictions of a pass are left out does not change the last one."""
+    config, net = network(**PREFIX | {"prefix_blocks": 4})
+    z, past, candidates = task(config, 2, 5, 1, 6)
+    weights = pack(config, net.state_dict(), "float32", DEVICE)
+    last = rolled(weights, z, past, candidates, cut=cut)
+    assert error(last.latents[-1:], reference(net, z, past, candidates)[-1:]) < (1e-5 if cut is WHOLE else 5e-4)
+    first = last.latents[-1].clone()
+    last.run()
+    assert torch.equal(last.latents[-1], first)
+
+
 def test_only_the_last_latent_unless_all_are_asked_for():
     config, net = network(**OTHER)
     z, past, candidates = task(config, 1, 3, 1, 3)
@@ -146,6 +171,7 @@ def test_only_the_last_latent_unless_all_are_asked_for():
         ({"predictor_mlp": 100}, "predictor_mlp 100 is not a multiple of 16"),
         ({"predictor_head_dim": 24}, "predictor_head_dim 24 is not 16, 32, 64 or 128"),
         ({"history": 5}, "history 5 is above 4"),
+        (PREFIX | {"prefix_blocks": 9}, "prefix_blocks 9 is above 8"),
     ],
 )
 def test_what_the_kernels_cannot_run(change, text):

@@ -19,6 +19,7 @@ from test_trainer import TINY, run_of, store  # noqa: F401 (a fixture)
         {},
         {"history": 2, "dropout": 0.1},
         {"history": 1, "dropout": 0.1},
+        {"history": 1, "action_prefix": True, "prefix_blocks": 3, "frames": 6},
         {"embed_dim": 16, "encoder_depth": 3, "predictor_depth": 2, "frames": 5, "history": 3},
     ],
 )

@@ -16,6 +16,7 @@ _LARGEST = {
     "action_dim": 65536,
     "action_block": 4096,
     "prior_blocks": 1024,
+    "prefix_blocks": 1024,
 }
 _LARGEST_WIDTH = 65536
 
@@ -45,6 +46,9 @@ class ModelConfig:
             start from.
         prior_blocks: Blocks that this head guesses.
         head_hidden: Hidden width of the heads.
+        action_prefix: Whether the predictor takes the current latent alone (`history` is 1) and predicts in one pass
+            where every prefix of the actions leads (Fast-LeWM, arXiv 2606.26217), instead of one block after the other.
+        prefix_blocks: Blocks of such a pass, at most; plans that are longer go on from the last latent of a pass.
     """
 
     action_dim: int
@@ -71,13 +75,15 @@ class ModelConfig:
     action_prior: bool = False
     prior_blocks: int = 5
     head_hidden: int = 256
+    action_prefix: bool = False
+    prefix_blocks: int = 5
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("dropout", "init"):
                 continue
-            if field.name in ("distance_head", "action_prior"):
+            if field.name in ("distance_head", "action_prior", "action_prefix"):
                 if not isinstance(value, bool):
                     raise ValueError(f"{field.name} must be True or False, got {value!r}")
                 continue
@@ -92,11 +98,18 @@ class ModelConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.init not in ("official", "scaled"):
             raise ValueError(f'init must be "official" or "scaled", got {self.init!r}')
+        if self.action_prefix and self.history != 1:
+            raise ValueError(f"history must be 1 with action_prefix, got {self.history}")
 
     @property
     def block_dim(self) -> int:
         """Width A of one action block: `action_block * action_dim`."""
         return self.action_block * self.action_dim
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the predictor sees at most: `history` frames, or `prefix_blocks` prefixes of the actions."""
+        return self.prefix_blocks if self.action_prefix else self.history
 
 
 @dataclass(frozen=True)

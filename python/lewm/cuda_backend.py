@@ -31,12 +31,16 @@ PRECISIONS = ("bfloat16", "tf32", "float32")
 # Candidates that are rolled out at once: enough for any GPU, and 5 GB at preset paper.
 ROWS = 1 << 15
 # Models and planners of the check of a GPU: windows that grow, are full and slide; heads and hidden units in one share
-# and in several.
+# and in several; passes of prefixes, one program and two, then a shorter one.
 _CHECKS: tuple[tuple[dict[str, Any], dict[str, int]], ...] = (
     ({"history": 3, "predictor_depth": 2}, {"samples": 40, "iterations": 2, "elites": 8, "horizon": 4}),
     (
         {"history": 1, "distance_head": True, "head_hidden": 48},
         {"samples": 24, "iterations": 2, "elites": 6, "horizon": 2},
+    ),
+    (
+        {"history": 1, "action_prefix": True, "prefix_blocks": 4, "predictor_depth": 2},
+        {"samples": 24, "iterations": 2, "elites": 6, "horizon": 5},
     ),
 )
 _KEPT = 4  # shapes whose memory and graphs are kept

@@ -249,9 +249,10 @@ class Model:
     def describe(self) -> str:
         """Units, bounds and origin in a few lines, to be read by a person."""
         c = self.config
+        seen = f"prefixes of up to {c.prefix_blocks} blocks" if c.action_prefix else f"history {c.history}"
         lines = [
             f"LeWorldModel, preset {self.meta.get('preset', '?')}: {c.image_size}x{c.image_size} RGB -> "
-            f"{c.embed_dim}-d, history {c.history}, blocks of {c.action_block} actions of width {c.action_dim}",
+            f"{c.embed_dim}-d, {seen}, blocks of {c.action_block} actions of width {c.action_dim}",
             f"runs on {self.backend} in {self.precision}; weights {self.hash()[:12]}",
         ]
         if self.stats is None:

@@ -98,7 +98,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{layer}.layernorm_after", d)
     linear("encoder.layernorm", d)
 
-    shapes["predictor.pos_embedding"] = (1, c.history, c.embed_dim)
+    shapes["predictor.pos_embedding"] = (1, c.positions, c.embed_dim)
     transformer = "predictor.transformer"
     if c.embed_dim != p:
         linear(f"{transformer}.input_proj", p, c.embed_dim)

@@ -220,15 +220,15 @@ class _Transformer(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Causal AdaLN transformer over at most `history` latents; (N, W, D), (N, W, D) -> (N, W, D)."""
+    """Causal AdaLN transformer over at most `config.positions` tokens; (N, W, D), (N, W, D) -> (N, W, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.transformer = _Transformer(config)
         if config.init == "scaled":
-            positions = _sincos_1d(torch.arange(config.history), config.embed_dim)
+            positions = _sincos_1d(torch.arange(config.positions), config.embed_dim)
         else:
-            positions = torch.randn(config.history, config.embed_dim)
+            positions = torch.randn(config.positions, config.embed_dim)
         self.pos_embedding = nn.Parameter(positions[None].clone())
 
     def forward(self, z: Tensor, actions: Tensor) -> Tensor:
@@ -272,14 +272,15 @@ class LeWM(nn.Module):
         return z.unflatten(0, frames.shape[:-3])
 
     def predict(self, z: Tensor, actions: Tensor) -> Tensor:
-        """Teacher-forced predictions (paper Eq. 1).
+        """Teacher-forced predictions (paper Eq. 1); of an action-prefix model, those of all prefixes.
 
         Args:
-            z: Latents, (N, W, D) with W <= history.
-            actions: Embedded action blocks, (N, W, D); block t leads from z[t] to z[t + 1].
+            z: Latents, (N, W, D) with W <= `config.positions`; of an action-prefix model W times the current one.
+            actions: Embedded action blocks, (N, W, D); block t leads from z[t] to z[t + 1]. Of an action-prefix model
+                they follow each other.
 
         Returns:
-            (N, W, D): entry t is the prediction of z[t + 1] from z[: t + 1].
+            (N, W, D): entry t is the prediction of z[t + 1] from z[: t + 1], or of what is reached t + 1 blocks later.
         """
         return self.pred_proj(self.predictor(z, actions))
 
@@ -294,6 +295,10 @@ class LeWM(nn.Module):
         Returns:
             (N, T + H, D): the observed latents, then the imagined ones.
         """
+        if self.config.action_prefix:
+            for part in self.action_encoder(candidates).split(self.config.prefix_blocks, 1):
+                z = torch.cat([z, self.predict(z[:, -1:].expand(-1, part.shape[1], -1), part)], 1)
+            return z
         blocks = candidates if past_actions is None else torch.cat([past_actions, candidates], 1)
         actions = self.action_encoder(blocks)
         for t in range(z.shape[1], blocks.shape[1] + 1):

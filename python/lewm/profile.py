@@ -230,16 +230,18 @@ def training_flop(model: ModelConfig, config: TrainConfig) -> float:
 
     width, inner = model.predictor_dim, model.predictor_heads * model.predictor_head_dim
     token = model.predictor_depth * (4 * width * inner + 2 * width * model.predictor_mlp + 6 * width * width)
-    token += 2 * model.embed_dim * model.projector_hidden
     if width != model.embed_dim:
         token += 3 * model.embed_dim * width
-    if model.history > 1 or model.dropout:  # over one key attention is the identity
-        token += model.predictor_depth * 2 * model.history * inner
+    if model.positions > 1 or model.dropout:  # over one key attention is the identity
+        token += model.predictor_depth * 2 * model.positions * inner
     action = 2 * model.block_dim * model.action_smoothed  # raw actions have no gradient
     action += 3 * (model.action_smoothed + model.embed_dim) * model.action_hidden
-    windows = config.frames - model.history
+    tokens = (config.frames - model.history) * model.positions
+    # Prefixes that a window is too short for are not compared with anything.
+    predicted = sum(min(n, model.positions) for n in range(1, config.frames)) if model.action_prefix else tokens
     sigreg = 2 * config.frames * model.embed_dim * config.directions
-    macs = config.frames * frame + windows * model.history * 3 * token + (config.frames - 1) * action + sigreg
+    predictor = 3 * (tokens * token + predicted * 2 * model.embed_dim * model.projector_hidden)
+    macs = config.frames * frame + predictor + (config.frames - 1) * action + sigreg
     return 2.0 * config.batch_size * macs
 
 

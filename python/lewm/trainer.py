@@ -159,11 +159,27 @@ def _predict(network: LeWM, z: Tensor, actions: Tensor) -> Tensor:
     """The prediction loss, teacher-forced (paper Eq. 1)."""
     history = network.config.history
     embedded = network.action_encoder(actions)
+    if network.config.action_prefix:
+        return _prefix_loss(network, z, embedded)
     # Every run of `history` frames predicts each frame that follows one of its own.
     context, condition, target = (
         t.unfold(1, history, 1).transpose(2, 3).flatten(0, 1) for t in (z[:, :-1], embedded, z[:, 1:])
     )
     return prediction_loss(network.predict(context, condition).float(), target.float())
+
+
+def _prefix_loss(network: LeWM, z: Tensor, embedded: Tensor) -> Tensor:
+    """The same of an action-prefix model: from every frame all that follow, up to `prefix_blocks` ahead."""
+    starts, blocks = embedded.shape[1], network.config.prefix_blocks
+    # Near the end of a window prefixes are filled up, which no causal prediction of the others sees.
+    condition = torch.nn.functional.pad(embedded, (0, 0, 0, blocks - 1)).unfold(1, blocks, 1).transpose(2, 3)
+    context = z[:, :-1, None].expand_as(condition)
+    tokens = network.predictor(context.flatten(0, 1), condition.flatten(0, 1)).unflatten(0, (-1, starts))
+    ahead = [min(blocks, starts - t) for t in range(starts)]
+    # Only what is compared enters the statistics of the BatchNorm.
+    predicted = network.pred_proj(torch.cat([tokens[:, t, :n] for t, n in enumerate(ahead)], 1))
+    target = torch.cat([z[:, t + 1 : t + 1 + n] for t, n in enumerate(ahead)], 1)
+    return prediction_loss(predicted.float(), target.float())
 
 
 class _Run:
@@ -189,8 +205,9 @@ class _Run:
             raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
         if data.height != data.width:
             raise ValueError(f"data must hold square frames, got {data.height}x{data.width}")
-        if config.frames <= model_config.history:
-            raise ValueError(f"frames must exceed history {model_config.history}, got {config.frames}")
+        if config.frames <= model_config.positions:
+            seen = "prefix_blocks" if model_config.action_prefix else "history"  # all positions are trained
+            raise ValueError(f"frames must exceed {seen} {model_config.positions}, got {config.frames}")
         if compile not in (None, False, True):
             raise ValueError(f"compile must be True, False or None, got {compile!r}")
         self.data, self.preset, self.seed = data, preset, seed

@@ -246,5 +246,7 @@ fn config_of(config: &Bound<'_, PyDict>) -> PyResult<Config> {
         action_prior: flag("action_prior")?,
         prior_blocks: field("prior_blocks")?,
         head_hidden: field("head_hidden")?,
+        action_prefix: flag("action_prefix")?,
+        prefix_blocks: field("prefix_blocks")?,
     })
 }

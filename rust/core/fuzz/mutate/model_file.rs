@@ -45,7 +45,7 @@ pub fn base() -> Base {
         predictor_heads: 1,
         predictor_head_dim: 2,
         predictor_mlp: 2,
-        history: 2,
+        history: 1,
         block_dim: 1,
         action_smoothed: 1,
         action_hidden: 2,
@@ -53,6 +53,8 @@ pub fn base() -> Base {
         action_prior: true,
         prior_blocks: 1,
         head_hidden: 2,
+        action_prefix: true,
+        prefix_blocks: 2,
     };
     let pool = Arc::new(Pool::new(1));
     let mut tensors = Tensors::new();

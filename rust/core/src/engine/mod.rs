@@ -74,6 +74,19 @@ pub struct Config {
     pub action_prior: bool,
     pub prior_blocks: usize,
     pub head_hidden: usize,
+    pub action_prefix: bool,
+    pub prefix_blocks: usize,
+}
+
+impl Config {
+    /// Tokens that the predictor sees at most.
+    fn positions(&self) -> usize {
+        if self.action_prefix {
+            self.prefix_blocks
+        } else {
+            self.history
+        }
+    }
 }
 
 /// What a candidate costs.
@@ -278,7 +291,7 @@ impl Engine {
         candidates: &[f32],
         out: &mut [f32],
     ) -> Result<(), Error> {
-        let job = self.job(shape, z, past, candidates)?;
+        let job = Rollout { every: true, ..self.job(shape, z, past, candidates)? };
         let (tokens, width) = (shape.frames + shape.horizon, self.config.embed_dim);
         check("out", out.len(), shape.envs * shape.samples * tokens * width)?;
         let out = Parts(out.as_mut_ptr());
@@ -421,7 +434,8 @@ impl Engine {
         check("z", z.len(), s.envs * s.frames * d)?;
         check("past", past.len(), s.envs * (s.frames - 1) * a)?;
         check("candidates", candidates.len(), s.envs * s.samples * s.horizon * a)?;
-        Ok(Rollout { z, past, candidates, frames: s.frames, samples: s.samples, horizon: s.horizon })
+        let Shape { frames, samples, horizon, .. } = s;
+        Ok(Rollout { z, past, candidates, frames, samples, horizon, every: false })
     }
 
     /// Calls `done(first row, rows, latents of a token)` for blocks of all rows.
@@ -430,7 +444,7 @@ impl Engine {
         let (rows, threads) = (shape.envs * shape.samples, self.pool.threads());
         let tiles = rows.div_ceil(k.tile);
         // As many blocks as keep every thread busy, equal to a tile, none too large for its cache.
-        let blocks = tiles.div_ceil(predictor::BLOCK).next_multiple_of(threads).min(tiles);
+        let blocks = tiles.div_ceil(self.predictor.block(shape.horizon)).next_multiple_of(threads).min(tiles);
         self.pool.run(blocks, &|block, _| {
             let (from, to) = (block * tiles / blocks * k.tile, ((block + 1) * tiles / blocks * k.tile).min(rows));
             let free = self.rolling.lock().unwrap_or_else(PoisonError::into_inner).pop();

@@ -3,11 +3,14 @@
 //! Candidates are independent of each other, so a block of them goes through the whole rollout on one thread. Within it:
 //! * an action's modulation of all layers is computed once, when the action enters the window;
 //! * while the window grows, keys and values of earlier positions are kept; when it slides, positions are relative to the
-//!   window, so all its tokens are computed anew;
+//!   window, so all its tokens are computed anew; an action-prefix model has no window, but passes, whose positions are
+//!   all computed together;
 //! * the last layer computes queries, outputs and the MLP for the last position only;
 //! * position 0 sees only itself: its attention is one map, `W_o W_v`, without queries and scores;
 //! * keys and values are computed where a later position needs them;
 //! * linear maps that follow each other, norms' gains and the BatchNorm are folded into one map beforehand.
+
+use std::ops::Range;
 
 use super::gemm::{End, Gate, Product, Start};
 use super::kernels::Kernels;
@@ -124,6 +127,8 @@ pub(super) struct Rollout<'a> {
     pub frames: usize,
     pub samples: usize,
     pub horizon: usize,
+    /// Whether all latents are asked for, not only the last one.
+    pub every: bool,
 }
 
 impl Rollout<'_> {
@@ -132,13 +137,16 @@ impl Rollout<'_> {
     }
 }
 
-/// The window that starts at token `start`: its positions `from..=last` are computed. `cached`: keys and values of those
-/// before are kept, or these will be needed.
+/// The window or pass that starts at token `start`: its positions `from..=last` are computed, those from `leaving` on
+/// predict. `slot` has the modulation of position 0. `cached`: keys and values of those before are kept, or these will be
+/// needed.
 #[derive(Clone, Copy)]
 struct Positions {
     start: usize,
+    slot: usize,
     from: usize,
     last: usize,
+    leaving: usize,
     cached: bool,
 }
 
@@ -171,7 +179,7 @@ impl Predictor {
             Packed::new(&condition, one(c.action_hidden), one(d), words),
         ];
 
-        let embedding = values(tensors, "predictor.pos_embedding", c.history * c.embed_dim)?;
+        let embedding = values(tensors, "predictor.pos_embedding", c.positions() * c.embed_dim)?;
         let input = if same { None } else { Some(read(&format!("{name}.input_proj"), d, c.embed_dim)?) };
         let positions = embedding
             .chunks_exact(c.embed_dim)
@@ -247,7 +255,8 @@ impl Predictor {
 
     fn buffers(&self, k: &Kernels, shape: Shape) -> Buffers {
         let c = &self.config;
-        let (w, tiles) = (c.history.min(shape.tokens), shape.tiles);
+        let (w, tiles) = (c.positions().min(shape.tokens), shape.tiles);
+        let actions = if c.action_prefix { w * tiles } else { tiles };
         let local = (w * tiles).min(PART.max(w));
         let buffer = |tiles, lines| Buffer::new(tiles, k.tile, lines);
         let (d, heads) = (lines(c.predictor_dim), self.group * self.head);
@@ -263,10 +272,10 @@ impl Predictor {
             x: buffer(local, d),
             a: buffer(local, operand(c.predictor_dim, k.bulk_group).max(d.max(latents) / k.group)),
             y: buffer(local, d.max(latents)),
-            raw: buffer(tiles, lines(c.block_dim)),
-            raw_operand: buffer(tiles, lines(c.block_dim) / k.group),
-            action: buffer(tiles, lines(c.action_hidden) / k.group),
-            condition: buffer(tiles, d / k.group),
+            raw: buffer(actions, lines(c.block_dim)),
+            raw_operand: buffer(actions, lines(c.block_dim) / k.group),
+            action: buffer(actions, lines(c.action_hidden) / k.group),
+            condition: buffer(actions, d / k.group),
             q: buffer(local, heads),
             kv: [buffer(local, heads), buffer(local, heads)],
             attended: buffer(local, heads / k.group),
@@ -277,6 +286,12 @@ impl Predictor {
             views: Views::default(),
             window: w,
         }
+    }
+
+    /// Tiles that a block of candidates should have at most.
+    pub fn block(&self, horizon: usize) -> usize {
+        let together = if self.config.action_prefix { horizon.min(self.config.prefix_blocks) } else { 1 };
+        (BLOCK / together).max(1)
     }
 
     /// Rolls candidates `first..first + rows` out; `done` gets the latents of every token, as rows 0..rows.
@@ -312,17 +327,28 @@ impl Predictor {
                 write_row(z.skip(t * tn), row, from);
             }
         }
+        let (mut t, end) = (job.frames, job.tokens()); // the first latent that is not known yet
         let mut known = 0; // actions whose modulation is there
-        for t in job.frames..job.tokens() {
-            let start = t.saturating_sub(window);
-            for action in known.max(start)..t {
-                self.modulate_by(k, b, job, first, rows, action, tn);
-            }
-            known = t;
-            let last = t - start - 1;
-            let from = if start == 0 && t > job.frames { last } else { 0 };
-            let grows = start == 0 && t < window && t + 1 < job.tokens();
-            let positions = Positions { start, from, last, cached: grows || from > 0 };
+        while t < end {
+            let positions = if c.action_prefix {
+                let last = (end - t).min(c.prefix_blocks) - 1;
+                self.modulate_by(k, b, job, first, rows, t - 1..t + last, 0);
+                let leaving = if job.every { 0 } else { last };
+                Positions { start: t - 1, slot: 0, from: 0, last, leaving, cached: false }
+            } else {
+                let start = t.saturating_sub(window);
+                for action in known.max(start)..t {
+                    self.modulate_by(k, b, job, first, rows, action..action + 1, action % b.window);
+                }
+                known = t;
+                let last = t - start - 1;
+                let from = if start == 0 && t > job.frames { last } else { 0 };
+                let grows = start == 0 && t < window && t + 1 < end;
+                let slot = start % b.window;
+                Positions { start, slot, from, last, leaving: last, cached: grows || from > 0 }
+            };
+            let Positions { start, from, last, .. } = positions;
+            t = start + last + 2;
             let parts = tn.div_ceil((PART / (last + 1 - from)).max(1));
             for part in 0..parts {
                 let (from, to) = (part * tn / parts, (part + 1) * tn / parts);
@@ -333,7 +359,7 @@ impl Predictor {
         done(&|t| z.skip(t * tn));
     }
 
-    /// Computes the modulation of action `action` of the sequence.
+    /// Computes the modulation of some actions of the sequence, in slots from `slot` on.
     #[allow(clippy::too_many_arguments)] // the insides of `run`
     unsafe fn modulate_by(
         &self,
@@ -342,32 +368,35 @@ impl Predictor {
         job: &Rollout<'_>,
         first: usize,
         rows: usize,
-        action: usize,
-        tn: usize,
+        actions: Range<usize>,
+        slot: usize,
     ) {
-        let width = self.config.block_dim;
-        let raw = b.raw.rows();
-        for row in 0..rows {
-            let (env, history) = ((first + row) / job.samples, job.frames - 1);
-            let from = if action < history {
-                &job.past[(env * history + action) * width..]
-            } else {
-                &job.candidates[((first + row) * job.horizon + action - history) * width..]
-            };
-            write_row(raw, row, &from[..width]);
+        let (width, tn) = (self.config.block_dim, rows.div_ceil(k.tile));
+        let (raw, operand) = (b.raw.rows(), b.raw_operand.rows());
+        let count = actions.len() * tn;
+        for (i, action) in actions.enumerate() {
+            let raw = raw.skip(i * tn);
+            for row in 0..rows {
+                let (env, history) = ((first + row) / job.samples, job.frames - 1);
+                let from = if action < history {
+                    &job.past[(env * history + action) * width..]
+                } else {
+                    &job.candidates[((first + row) * job.horizon + action - history) * width..]
+                };
+                write_row(raw, row, &from[..width]);
+            }
+            (k.convert)(raw, operand.skip(i * tn), rows, lines(width));
         }
-        let (operand, hidden, condition) = (b.raw_operand.rows(), b.action.rows(), b.condition.rows());
-        (k.convert)(raw, operand, rows, lines(width));
-        run(k, operand, tn, &self.action[0], End::Silu(hidden));
-        run(k, hidden, tn, &self.action[1], End::Silu(condition));
-        let slot = action % b.window;
-        run(k, condition, tn, &self.modulation, End::Store(b.modulation.rows().skip(slot * tn)));
+        let (hidden, condition) = (b.action.rows(), b.condition.rows());
+        run(k, operand, count, &self.action[0], End::Silu(hidden));
+        run(k, hidden, count, &self.action[1], End::Silu(condition));
+        run(k, condition, count, &self.modulation, End::Store(b.modulation.rows().skip(slot * tn)));
     }
 
-    /// Predicts, for some candidates, the token that follows a window.
+    /// Predicts, for some candidates, the latent that follows a window, or those of a pass.
     unsafe fn step(&self, k: &Kernels, b: &mut Buffers, positions: Positions, part: Part) {
         let c = &self.config;
-        let Positions { start, from, last, cached } = positions;
+        let Positions { start, slot, from, last, leaving, cached } = positions;
         let (tn, rows, d) = (part.tiles, part.rows, lines(c.predictor_dim));
         // Of the positions that are computed, (position, part); and of the whole block, (token, slot or position, block).
         let (x, a, y) = (b.x.rows(), b.a.rows(), b.y.rows());
@@ -382,10 +411,11 @@ impl Predictor {
             views.extend((0..=last).map(f));
         };
         let window = b.window;
-        fill(slots, &|p| whole(modulation, (start + p) % window));
+        fill(slots, &|p| whole(modulation, (slot + p) % window));
 
         for p in from..=last {
-            let (token, to) = (whole(z, start + p), at(x, p));
+            let token = if c.action_prefix { start } else { start + p };
+            let (token, to) = (whole(z, token), at(x, p));
             match &self.input {
                 Some(input) => {
                     (k.convert)(token, a, rows, lines(c.embed_dim));
@@ -398,7 +428,7 @@ impl Predictor {
 
         for (l, layer) in self.layers.iter().enumerate() {
             // Positions that leave this layer.
-            let queries = if l + 1 == self.layers.len() { last } else { from };
+            let queries = if l + 1 == self.layers.len() { leaving } else { from };
             // Shift, scale and gate of attention, then of the MLP.
             let piece = |slot: Rows, j: usize| slot.columns((l * 6 + j) * d);
             let modulate = |p: usize, j: usize, slot: Rows, scratch: &mut [Line]| {
@@ -466,9 +496,11 @@ impl Predictor {
             layer.mlp.run(k, at(a, queries), count, hidden, y, residual(queries, gates));
         }
 
-        let (x, out) = (at(x, last), at(a, last));
-        (k.norm)(&Norm { x, out, tiles: tn, width: c.predictor_dim, eps: EPS[1] });
-        self.output.run(k, out, tn, hidden, y, End::Store(whole(z, start + last + 1)));
+        for p in leaving..=last {
+            let (x, out) = (at(x, p), at(a, p));
+            (k.norm)(&Norm { x, out, tiles: tn, width: c.predictor_dim, eps: EPS[1] });
+            self.output.run(k, out, tn, hidden, y, End::Store(whole(z, start + p + 1)));
+        }
     }
 }
 

@@ -334,6 +334,8 @@ fn config(embed: usize, dim: usize) -> Config {
         action_prior: false,
         prior_blocks: 3,
         head_hidden: 45,
+        action_prefix: false,
+        prefix_blocks: 3,
     }
 }
 
@@ -399,7 +401,7 @@ fn tensors(c: &Config, seed: u64) -> Tensors {
         add(&format!("{name}.net.1.running_mean"), &[c.projector_hidden], 0.2, 0.0);
         add(&format!("{name}.net.1.running_var"), &[c.projector_hidden], 0.2, 1.0);
     }
-    add("predictor.pos_embedding", &[c.history, c.embed_dim], 0.5, 0.0);
+    add("predictor.pos_embedding", &[c.positions(), c.embed_dim], 0.5, 0.0);
     let patches = (c.image_size / c.patch_size).pow(2);
     add("encoder.embeddings.position_embeddings", &[patches + 1, c.encoder_dim], 0.5, 0.0);
     add("encoder.embeddings.cls_token", &[c.encoder_dim], 0.5, 0.0);
@@ -487,6 +489,14 @@ impl World {
 /// Windows that grow and then slide, that slide from the start, and that never do.
 const WINDOWS: [[usize; 2]; 4] = [[1, 4], [3, 2], [2, 3], [1, 1]];
 
+/// An action-prefix model with passes of three blocks, and what it is asked for: less than a pass, one, and several.
+fn prefixes() -> [World; 5] {
+    [[1, 3], [1, 8], [2, 4], [1, 2], [1, 1]].map(|[frames, horizon]| {
+        let config = Config { history: 1, action_prefix: true, ..config(40, if frames == 1 { 64 } else { 40 }) };
+        World::new(config, Shape { envs: 2, frames, samples: 19, horizon })
+    })
+}
+
 /// Difference of two results, as a share of their size.
 fn distance(a: &[f32], b: &[f32]) -> f64 {
     let squares = |f: &dyn Fn(usize) -> f64| (0..a.len()).map(|i| f(i).powi(2)).sum::<f64>();
@@ -495,9 +505,11 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 
 #[test]
 fn all_imagine_the_same_within_rounding() {
-    for (i, [frames, horizon]) in WINDOWS.into_iter().enumerate() {
+    let windows = WINDOWS.into_iter().enumerate().map(|(i, [frames, horizon])| {
         let config = if i % 2 == 0 { config(40, 64) } else { config(50, 50) };
-        let world = World::new(config, Shape { envs: 2, frames, samples: 9, horizon });
+        World::new(config, Shape { envs: 2, frames, samples: 9, horizon })
+    });
+    for world in windows.chain(prefixes()) {
         let want = world.latents(&PORTABLE);
         let costs = world.costs(&world.engine(&PORTABLE, 1));
         for k in tables() {
@@ -512,8 +524,9 @@ fn all_imagine_the_same_within_rounding() {
 
 #[test]
 fn costs_depend_neither_on_threads_nor_on_neighbours() {
-    for [frames, horizon] in [[1, 4], [3, 1]] {
-        let world = World::new(config(40, 64), Shape { envs: 2, frames, samples: 19, horizon });
+    let windows = [[1, 4], [3, 1]]
+        .map(|[frames, horizon]| World::new(config(40, 64), Shape { envs: 2, frames, samples: 19, horizon }));
+    for world in windows.into_iter().chain(prefixes()) {
         for k in tables() {
             let want = world.costs(&world.engine(k, 1));
             assert!(want.iter().all(|cost| cost.is_finite() && *cost > 0.0));
@@ -549,9 +562,11 @@ fn all_encode_the_same_within_rounding_on_any_number_of_threads() {
 
 #[test]
 fn costs_are_the_distances_of_the_rollout_and_an_objective_gives_the_same() {
-    for [frames, horizon] in WINDOWS {
-        let s = Shape { envs: 2, frames, samples: 19, horizon };
-        let world = World::new(config(40, 64), s);
+    let windows =
+        WINDOWS.map(|[frames, horizon]| World::new(config(40, 64), Shape { envs: 2, frames, samples: 19, horizon }));
+    for world in windows.into_iter().chain(prefixes()) {
+        let s = world.shape;
+        let (frames, horizon) = (s.frames, s.horizon);
         let engine = Arc::new(world.engine(&PORTABLE, 2));
         let (tokens, d) = (frames + horizon, world.config.embed_dim);
         let (latents, got) = (world.latents(&PORTABLE), world.costs(&engine));
@@ -651,9 +666,10 @@ fn a_head_that_is_not_there_is_refused() {
 fn a_workspace_serves_every_shape_in_any_order() {
     let worlds = WINDOWS
         .map(|[frames, horizon]| World::new(config(40, 64), Shape { envs: 1, frames, samples: 10 * horizon, horizon }));
-    let used = worlds[0].engine(&PORTABLE, 1);
-    for _ in 0..2 {
-        for world in &worlds {
+    let [_, long, other, short, one] = prefixes();
+    for worlds in [&worlds[..], &[one, long, short], &[other]] {
+        let used = worlds[0].engine(&PORTABLE, 1);
+        for world in worlds.iter().chain(worlds) {
             assert_eq!(world.costs(&used), world.costs(&world.engine(&PORTABLE, 1)), "{:?}", world.shape);
         }
     }
