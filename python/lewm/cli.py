@@ -132,7 +132,10 @@ def evaluate(
     seed: _Seed = 0,
     planner: _Planner = None,
     execute: Annotated[int | None, typer.Option(help="Blocks of each plan to execute; all by default.")] = None,
-    env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the environment.")] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A setting of the environment; those of the model's data by default."),
+    ] = None,
 ) -> None:
     """Success rate with its interval, beside the random floor, on held-out pairs."""
     from dataclasses import replace

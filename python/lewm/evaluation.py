@@ -284,9 +284,12 @@ def evaluate(
     the protocol's own: fresh ones of the scripted policy, drawn under a key that no `lewm.collect` can use, so that
     they are held out from any training and the same for every model.
 
+    The environment is made with the `env_kwargs` of the data that the model learnt from, so that it draws the pictures
+    that the model knows (`look="official"`); those of the protocol come first. The result's protocol has both.
+
     Args:
         model: What plans.
-        protocol: A name in `PROTOCOLS` or a `Protocol`.
+        protocol: A name in `PROTOCOLS` or a `Protocol`, of the environment that the model learnt from.
         pairs: Number of pairs, by default the protocol's. The first n pairs are the same whatever the number.
         planner: A name in `PLANNERS` or a planner; by default the one that the model file names, else `CEM()`.
         execute: Blocks of each plan to execute before the next; by default all.
@@ -299,7 +302,8 @@ def evaluate(
         progress: Called with (pairs done, pairs).
 
     Raises:
-        TypeError, ValueError: An argument is not as described, or model, data and environment do not fit together.
+        TypeError, ValueError: An argument is not as described, or model, data and environment do not fit together:
+            a model of another environment than the protocol's, as far as its file says which.
     """
     started = time.perf_counter()
     protocol = _named("protocol", protocol, PROTOCOLS)
@@ -313,6 +317,7 @@ def evaluate(
     batch = max(1, _CANDIDATES // planner.samples) if batch is None else integer("batch", batch, 1)
     integer("seed", seed, 0, 2**64)
     model.require_stats()
+    protocol = _as_learnt(protocol, model)
     _check_actions(protocol, model)
 
     if data is None:
@@ -540,6 +545,22 @@ def _pictures(protocol: Protocol, states: np.ndarray, size: int) -> np.ndarray:
         for env, part in _batches(protocol, len(states), _AT_ONCE, size=size, obs_type="pixels")
     ]
     return np.concatenate(drawn)
+
+
+def _as_learnt(protocol: Protocol, model: Any) -> Protocol:
+    """The protocol in the environment that the model learnt from, as far as its file says what that was."""
+    learnt = model.meta.get("data") or {}
+    env_id, settings = learnt.get("env_id"), learnt.get("env_kwargs")
+    if env_id not in (None, protocol.env_id):
+        raise ValueError(
+            f"model and protocol must be of the same environment: the model learnt from {str(env_id)[:200]}, "
+            f"{protocol.name} is of {protocol.env_id}"
+        )
+    if not isinstance(settings, dict):
+        return protocol
+    # How goals are drawn is the protocol's own affair, whose pairs are the same for every model.
+    kept = {name: value for name, value in settings.items() if name != "goal_rule"}
+    return replace(protocol, env_kwargs={**kept, **protocol.env_kwargs})
 
 
 def _check_actions(protocol: Protocol, model: Any) -> None:
