@@ -485,6 +485,13 @@ def test_what_the_model_file_says_of_its_training_is_kept():
     assert training.changes.pop("steps") == 800
     assert training.changes["embed_dim"] == 2
     assert all(own[name] == value for name, value in training.changes.items())
+    assert (training.parts, training.episodes, training.policy) == ({}, None, None)
+    model.config = replace(model.config, distance_head=True)
+    model.meta.update(data={"episodes": 300, "policy": "expert"})
+    record["config"] |= {"reconstruction": 0.5}
+    training = evaluate(model, pairs=2).training
+    assert training.parts == {"reconstruction": 0.5, "distance_head": True}
+    assert (training.episodes, training.policy) == (300, "expert")
     for wrong in ({"preset": "mine"}, {"training": {}}, {"training": {**record, "seconds": "long"}}):
         model.meta = {**model.meta, **wrong}
         assert evaluate(model, pairs=1).training is None

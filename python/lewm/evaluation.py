@@ -38,6 +38,9 @@ from lewm.planner import CEM, ICEM, MPPI, Planner, plan, planner_from, planner_o
 
 __all__ = ["PLANNERS", "PROTOCOLS", "Protocol", "Result", "evaluate", "wilson"]
 
+# Settings of model and training, each off by default, that make it another method: loss terms beside the paper's two
+# (their weights), heads, the predictor of action prefixes.
+OPTIONAL_PARTS = ("inverse_dynamics", "reconstruction", "distance_head", "action_prior", "action_prefix")
 # Latency is that of single plans; this many are timed.
 _TIMED_PLANS = 20
 # Candidates scored at once when `batch` is left open: bounds memory, large enough to keep a CPU busy.
@@ -135,6 +138,8 @@ class Training:
         seed, steps: Of the run.
         seconds: Wall time of the steps, evaluation on held-out data included.
         device: As torch names it.
+        parts: Those of the optional settings in `OPTIONAL_PARTS` that are on, by name; None in older files.
+        episodes, policy: Of the data, and who acted in it; None where the file does not say.
     """
 
     preset: str
@@ -143,6 +148,9 @@ class Training:
     steps: int
     seconds: float
     device: str
+    parts: dict[str, Any] | None = None
+    episodes: int | None = None
+    policy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -374,8 +382,8 @@ def evaluate(
     return result
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a success rate, low and high in [0, 1].
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a success rate, low and high in [0, 1]; successes may be a mean.
 
     Raises:
         ValueError: `n` is below 1, or successes are not between 0 and n.
@@ -670,6 +678,8 @@ def _training(model: Any) -> Training | None:
     before = {k: v for part in configure(preset, model.config.action_dim, {}) for k, v in asdict(part).items()}
     changes = {name: value for name, value in now.items() if value != before.get(name)}
     found = {name: record.get(name) for name in ("seed", "steps", "seconds", "device")}
+    found["parts"] = {name: now[name] for name in OPTIONAL_PARTS if now.get(name)}
+    found |= {name: (model.meta.get("data") or {}).get(name) for name in ("episodes", "policy")}
     try:
         return _typed("training", {"preset": preset, "changes": changes, **found}, Training)
     except (ValueError, OverflowError, RecursionError):
@@ -715,6 +725,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         return {key: _typed(f"{name}[{key!r}]", each, of[1]) for key, each in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         kinds = typing.get_type_hints(kind)
+        # What may be None may be missing: older releases did not write it.
+        value = {f.name: None for f in dataclasses.fields(kind) if f.default is None} | value
         if value.keys() != kinds.keys():
             raise ValueError(f"{name} must have the fields {', '.join(kinds)}, got {', '.join(value)}")
         return kind(**{key: _typed(key, each, kinds[key]) for key, each in value.items()})
