@@ -369,7 +369,7 @@ def evaluate(
         backend=model.backend,
         precision=model.precision,
         training=_training(model),
-        command=_command(protocol, n, asked, execute, seed, data is not None),
+        command=command_of(protocol, n, asked, execute, seed, data is not None),
         versions=_versions(),
         seconds=time.perf_counter() - started,
         success=solved,
@@ -686,7 +686,7 @@ def _training(model: Any) -> Training | None:
         return None
 
 
-def _command(protocol: Protocol, n: int, planner: Planner, execute: int, seed: int, data: bool) -> str:
+def command_of(protocol: Protocol, n: int, planner: Planner, execute: int, seed: int, data: bool) -> str:
     """The command, or for a protocol that it cannot name the call, that measures the same."""
     known = PROTOCOLS.get(protocol.name)
     if known is None or replace(known, pairs=protocol.pairs, env_kwargs=protocol.env_kwargs) != protocol:
