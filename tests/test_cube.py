@@ -1,7 +1,5 @@
 import sys
-import warnings
 
-import gymnasium
 import numpy as np
 import pytest
 
@@ -11,7 +9,6 @@ choose_gl()
 mujoco = pytest.importorskip("mujoco")
 ogbench = pytest.importorskip("ogbench.manipspace.envs.cube_env")
 
-from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 from lewm.envs.cube import CUBE, CUBE_QUATERNION, Cube, CubeEnv, CubeVectorEnv, ExpertPolicy
@@ -302,18 +299,6 @@ def test_the_goal_is_not_drawn(task, episode):
 # ----------------------------------------------------------------------------------------------------------- gymnasium
 
 
-def test_check_env(task, capsys):
-    draw(task, 32)  # skips where nothing can be drawn
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "(?s).*A Box observation space (min|max)imum value is -?infinity")
-        for mode, obs_type in (("rgb_array", "pixels"), ("human", "state")):
-            env = gymnasium.make("lewm/Cube-v0", render_mode=mode, obs_type=obs_type, size=32).unwrapped
-            check_env(env)
-            env.close()
-    assert "▀" in capsys.readouterr().out
-
-
 def test_vector_is_single_ones():
     vector = CubeVectorEnv(2, obs_type="state", workers=0)
     _, info = vector.reset(seed=5)
@@ -327,30 +312,6 @@ def test_vector_is_single_ones():
             np.testing.assert_array_equal(env.step(actions[step, i])[4]["state"], after[step][i])
         env.close()
     vector.close()
-
-
-def memory():
-    """Resident bytes of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-
-def test_resets_and_steps_keep_memory_flat():
-    pytest.importorskip("resource")
-    env = CubeEnv()
-    env.action_space.seed(0)
-
-    def work(times):
-        for i in range(times):
-            env.reset(seed=i)
-            for _ in range(3):
-                env.step(env.action_space.sample())
-
-    work(30)
-    before = memory()
-    work(150)
-    assert memory() - before < 4 * 2**20
-    env.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- expert

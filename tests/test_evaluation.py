@@ -247,6 +247,60 @@ def test_arguments_for_the_environment_are_handed_on_and_recorded():
     assert "--env 'goal_rule=\"anywhere\"'" in result.command
 
 
+@pytest.fixture
+def shades():
+    """What each Line environment that is made gets as `shade`."""
+    seen = []
+
+    class Shaded(LineVectorEnv):
+        def __init__(self, *args, shade=0, **settings):
+            seen.append(shade)
+            super().__init__(*args, **settings)
+
+    gymnasium.registry[LINE.env_id].vector_entry_point = Shaded
+    return seen
+
+
+def test_the_environment_is_the_one_that_the_model_learnt_from(shades):
+    model = line_model()
+    for learnt, asked, used in (
+        ({}, {}, 0),
+        ({"env_kwargs": {"shade": 3}}, {}, 3),
+        ({"env_kwargs": {"shade": 3}}, {"shade": 5}, 5),
+        ({"env_kwargs": "none"}, {}, 0),
+    ):
+        model.meta["data"] = {"env_id": LINE.env_id, **learnt}
+        shades.clear()
+        found = evaluate(model, replace(LINE, env_kwargs=asked), pairs=3)
+        assert set(shades) == {used}
+        assert found.protocol.env_kwargs.get("shade", 0) == used
+
+
+def test_a_model_of_another_environment_is_refused():
+    model = RoomModel()
+    model.meta["data"] = {"env_id": "lewm/PushT-v0"}
+    with pytest.raises(
+        ValueError,
+        match=r"same environment: the model learnt from lewm/PushT-v0, two-room-25-50 is of lewm/TwoRoom-v0",
+    ):
+        evaluate(model, pairs=2)
+    model.meta["data"] = {"fingerprint": "own data"}
+    assert evaluate(model, pairs=2).n == 2
+
+
+def test_a_trained_model_knows_its_environment_and_the_pairs_stay_the_protocols(tmp_path):
+    pytest.importorskip("torch")
+    settings = {"goal_rule": "anywhere"}
+    data = lewm.collect(TWO_ROOM.env_id, tmp_path / "rooms.lewm", episodes=6, size=16, env_kwargs=settings)
+    lewm.train(data, preset="tiny", out=tmp_path / "run", steps=1, batch_size=4, image_size=16, device="cpu")
+    model = lewm.load(tmp_path / "run")
+    assert model.meta["data"]["env_id"] == TWO_ROOM.env_id
+    assert model.meta["data"]["env_kwargs"] == settings
+    found = evaluate(model, pairs=5, planner=lewm.CEM(samples=4, iterations=1, elites=2))
+    assert found.protocol == TWO_ROOM
+    assert found.random_success == evaluate(RoomModel(), pairs=5).random_success
+
+
 # ------------------------------------------------------------------------------------------------------------- results
 
 
@@ -431,6 +485,13 @@ def test_what_the_model_file_says_of_its_training_is_kept():
     assert training.changes.pop("steps") == 800
     assert training.changes["embed_dim"] == 2
     assert all(own[name] == value for name, value in training.changes.items())
+    assert (training.parts, training.episodes, training.policy) == ({}, None, None)
+    model.config = replace(model.config, distance_head=True)
+    model.meta.update(data={"episodes": 300, "policy": "expert"})
+    record["config"] |= {"reconstruction": 0.5}
+    training = evaluate(model, pairs=2).training
+    assert training.parts == {"reconstruction": 0.5, "distance_head": True}
+    assert (training.episodes, training.policy) == (300, "expert")
     for wrong in ({"preset": "mine"}, {"training": {}}, {"training": {**record, "seconds": "long"}}):
         model.meta = {**model.meta, **wrong}
         assert evaluate(model, pairs=1).training is None

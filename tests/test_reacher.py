@@ -1,6 +1,5 @@
 import gc
 import sys
-import warnings
 
 import gymnasium
 import numpy as np
@@ -12,7 +11,6 @@ from lewm.envs.task import clipped
 choose_gl()
 mujoco = pytest.importorskip("mujoco")
 
-from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 from lewm.envs.reacher import WRIST_LIMIT, ExpertPolicy, Reacher, ReacherEnv, ReacherVectorEnv
@@ -284,19 +282,6 @@ def test_a_light_picture_shows_the_same_scene(picture):
 # ----------------------------------------------------------------------------------------------------------- gymnasium
 
 
-@pytest.mark.parametrize("settings", [{"obs_type": "state"}, {"obs_type": "pixels", "size": 32}])
-def test_check_env(settings, picture, capsys):
-    picture("light", [0, 0, 0, 0], 32)  # skips where nothing can be drawn
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "(?s).*A Box observation space (min|max)imum value is -?infinity")
-        for mode in ("rgb_array", "human"):
-            env = gymnasium.make("lewm/Reacher-v0", render_mode=mode, **settings).unwrapped
-            check_env(env)
-            env.close()
-    assert "▀" in capsys.readouterr().out
-
-
 def test_make_vec(picture):
     picture("light", [0, 0, 0, 0], 32)
     vector = gymnasium.make_vec("lewm/Reacher-v0", num_envs=3, size=32, workers=0)
@@ -320,32 +305,6 @@ def test_engines_go_with_the_last_task():
     assert key in _engines
     tasks[1].close()
     assert key not in _engines
-
-
-def memory():
-    """Resident bytes of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-
-def test_thousand_resets_and_steps_keep_memory_flat(picture):
-    pytest.importorskip("resource")
-    picture("light", [0, 0, 0, 0], 32)
-    env = ReacherEnv(render_mode="rgb_array", size=32)
-    env.action_space.seed(0)
-
-    def work(times):
-        for i in range(times):
-            env.reset(seed=i)
-            for _ in range(3):
-                env.step(env.action_space.sample())
-            env.render()
-
-    work(100)
-    before = memory()
-    work(1000)
-    assert memory() - before < 4 * 2**20
-    env.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- expert

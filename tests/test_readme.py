@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from lewm import cli, evaluation
 from lewm.config import PRESETS
+from lewm.recipes import RECIPES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,6 +33,9 @@ def short(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lewm.model._current", None)
     monkeypatch.setitem(PRESETS["tiny"].train, "steps", 12)
+    monkeypatch.setattr("lewm.heads.STEPS", 12)
+    own = RECIPES["two-room"]["tiny"]
+    monkeypatch.setitem(RECIPES["two-room"], "tiny", dataclasses.replace(own, episodes=20))
     for name, protocol in evaluation.PROTOCOLS.items():
         monkeypatch.setitem(evaluation.PROTOCOLS, name, dataclasses.replace(protocol, pairs=4))
 

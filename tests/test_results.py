@@ -105,41 +105,128 @@ def test_the_committed_table_is_what_the_script_writes():
     assert (ROOT / "RESULTS.md").read_text(encoding="utf-8") == table(ROOT / "results")
 
 
-def cells(text):
-    """The table's rows as dicts."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    names, rule, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    assert set(rule) == {"---"}
-    return [dict(zip(names, row, strict=True)) for row in rows]
+def tables(text):
+    """Both tables' rows as dicts."""
+    found = []
+    for part in text.split("\n## ")[1:]:
+        lines = [line for line in part.splitlines() if line.startswith("|")]
+        names, rule, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+        assert set(rule) == {"---"}
+        found.append([dict(zip(names, row, strict=True)) for row in rows])
+    return found
+
+
+def trained(result, seed=0, solved=None, cost="latent", **changed):
+    """A result as of a training with that seed, with so many of the pairs solved."""
+    fields = {"preset": "tiny", "changes": {}, "steps": 800, "seconds": 67.4, "device": "cpu", "parts": {}}
+    if solved is not None:
+        interval, success = wilson(solved, result.n), [i < solved for i in range(result.n)]
+        result = replace(result, success_rate=solved / result.n, interval=interval, success=success)
+    planner = {**result.planner, "cost": cost}
+    return replace(result, planner=planner, training=Training(**{**fields, "seed": seed, **changed}))
 
 
 def test_a_row_has_what_made_the_number(results, tmp_path):
     a, b = results
-    a = replace(
-        a,
-        moved=Moved(12, 0.25, wilson(3, 12), 0.0),
-        training=Training("tiny", {"steps": 800, "init": "scaled"}, 3, 800, 67.4, "cpu"),
-        plan_ms={"p50": 5.1234, "p95": 9.0},
-    )
+    a = trained(a, 3, changes={"steps": 800, "init": "scaled"}, episodes=3000, policy="expert")
+    a = replace(a, moved=Moved(12, 0.25, wilson(3, 12), 0.0), plan_ms={"p50": 5.1234, "p95": 9.0})
     far = replace(b, protocol=replace(b.protocol, name="two-room-100-150", env_kwargs={"x": "y"}), data="d" * 64)
     for name, result in (("1.json", far), ("2.json", a), ("notes.txt", b)):
         result.save(tmp_path / name)
-    first, second = cells(table(tmp_path))
+    summary, (first, second) = tables(table(tmp_path))
     low, high = a.interval
-    assert first == {
+    both = {
         "task": "two-room-25-50",
-        "method": 'tiny, steps=800, init="scaled", seed 3',
+        "method": 'tiny, two terms, latent cost, steps=800, init="scaled"',
         "solved": f"**{a.success_rate:.1%}** [{low:.1%}, {high:.1%}]",
         "n": "40",
         "random": f"{a.random_floor:.1%}; {a.solved_at_start} at the start",
         "moved": "25.0% [8.9%, 53.2%] of 12; random 0.0%",
-        "training": "800 steps, 67 s, cpu",
+        "training": "800 steps, 67 s, cpu; 3,000 episodes of expert",
         "plan": f"5.12 ms: CEM 64 x 8, 5 of 5 blocks executed; fake exact {a.versions['cpu']}",
-        "model": "f" * 12,
-        "command": f"`{a.command}`",
     }
-    assert second["task"] == f'two-room-100-150, x="y", pairs from {"d" * 12}'
+    more = {"method": both["method"] + ", seed 3", "model": "f" * 12, "command": f"`{a.command}`"}
+    assert first == {**both, **more}
+    assert summary[0] == {**both, "seeds": "3"}
+    assert second["task"] == summary[1]["task"] == f'two-room-100-150, x="y", pairs from {"d" * 12}'
     assert (second["method"], second["training"], second["moved"]) == ("unknown", "", "")
+
+
+def test_training_seeds_make_one_line(results, tmp_path):
+    moved = [Moved(10, k / 10, wilson(k, 10), 0.1) for k in (2, 5, 3)]
+    for seed, solved, seconds in ((2, 30, 70.0), (0, 36, 60.2), (1, 39, 65.0)):
+        result = trained(results[0], seed, solved, seconds=seconds)
+        replace(result, moved=moved[seed], plan_ms={"p50": 4.0 + seed, "p95": 9.0}).save(tmp_path / f"{seed}.json")
+    (line,), rows = tables(table(tmp_path))
+    assert [row["method"][-6:] for row in rows] == ["seed 0", "seed 1", "seed 2"]
+    low, high = wilson(35, 40)  # the mean of 30, 36 and 39, of the pairs that all three met
+    assert line["solved"] == f"**87.5%** [{low:.1%}, {high:.1%}]"
+    assert line["seeds"] == "0, 1, 2: 75.0% to 97.5%"
+    assert line["n"] == "3 x 40 = 120"
+    low, high = wilson(10 / 3, 10)
+    assert line["moved"] == f"33.3% [{low:.1%}, {high:.1%}] of 10; random 10.0%"
+    assert line["training"] == "800 steps, 60 to 70 s, cpu"
+    assert line["plan"].startswith("4 to 6 ms: CEM")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda r: replace(r, protocol=replace(r.protocol, seed=1)),
+        lambda r: replace(r, protocol=replace(r.protocol, env_kwargs={"look": "official"})),
+        lambda r: replace(r, pairs=[(0, 1), *r.pairs[1:]]),
+        lambda r: replace(r, execute=2),
+        lambda r: replace(r, precision="int8"),
+        lambda r: replace(r, planner={**r.planner, "samples": 65}),
+        lambda r: trained(r, 1, cost="distance"),
+        lambda r: trained(r, 1, parts={"inverse_dynamics": 0.1}),
+        lambda r: trained(r, 1, changes={"history": 2}),
+        lambda r: trained(r, 1, preset="small"),
+        lambda r: trained(r, 1, episodes=300),
+        lambda r: replace(r, training=None),
+    ],
+)
+def test_what_differs_in_more_than_the_seed_is_another_line(results, tmp_path, other):
+    result = trained(results[0], 1)
+    trained(results[0], 0).save(tmp_path / "0.json")
+    result.save(tmp_path / "1.json")
+    assert len(tables(table(tmp_path))[0]) == 1
+    other(result).save(tmp_path / "1.json")
+    assert len(tables(table(tmp_path))[0]) == 2
+
+
+def test_methods_are_told_apart(results, tmp_path):
+    """By the file alone; one of an older release has the parts among the changes."""
+    heads = {"distance_head": True, "action_prior": True}
+    terms = {"inverse_dynamics": 0.1, "reconstruction": 0.5}
+    methods = {
+        "tiny, two terms, latent cost": trained(results[0]),
+        "tiny, two terms + inverse dynamics 0.1 + reconstruction 0.5, latent cost, sigreg_weight=0.1": trained(
+            results[0], changes={**terms, "sigreg_weight": 0.1}, parts=terms
+        ),
+        "tiny, two terms, distance cost, action prior": trained(
+            results[0], cost="distance", changes=heads, parts=heads
+        ),
+        "tiny, two terms, latent cost, action prior": trained(results[0], changes=heads, parts=None),
+        "tiny, two terms, latent cost, action prefix, history=1": trained(
+            results[0], changes={"history": 1, "action_prefix": True}, parts={"action_prefix": True}
+        ),
+        "tiny, two terms + reconstruction 0.5": trained(results[0], parts={"reconstruction": 0.5}, cost=None),
+    }
+    for i, result in enumerate(methods.values()):
+        result.save(tmp_path / f"{i}.json")
+        assert Result.load(tmp_path / f"{i}.json") == result
+    summary, rows = tables(table(tmp_path))
+    assert {row["method"] for row in summary} == set(methods)
+    assert {row["method"] for row in rows} == {f"{method}, seed 0" for method in methods}
+
+
+def test_a_result_of_an_older_release_is_read(results, tmp_path):
+    written = trained(results[0], parts=None).to_dict()
+    for name in ("parts", "episodes", "policy"):
+        del written["training"][name]
+    (tmp_path / "old.json").write_text(json.dumps(written))
+    assert Result.load(tmp_path / "old.json") == trained(results[0], parts=None)
 
 
 def test_an_empty_folder_has_no_table(tmp_path):
@@ -152,8 +239,9 @@ def test_text_from_elsewhere_stays_in_its_cell(results, tmp_path):
     bad = "a | b\n| c <script> \ud800 `d`"
     replace(results[0], command=bad, model_hash=bad, versions={"cpu": bad}).save(tmp_path / "1.json")
     text = table(tmp_path)
-    (row,) = cells(text)
+    (line,), (row,) = tables(text)
     assert row["command"] == "`a \\| b \\| c &lt;script> ? d`"
+    assert line["plan"].endswith("a \\| b \\| c &lt;script> ? `d`")
     assert "<script" not in text
     text.encode()
 

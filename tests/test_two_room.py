@@ -1,11 +1,9 @@
 import subprocess
 import sys
-import warnings
 
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import lewm.envs
@@ -283,15 +281,6 @@ def test_human_mode_prints_a_picture(capsys):
 
 
 # --------------------------------------------------------------------------------------------------------- gymnasium
-
-
-@pytest.mark.parametrize("settings", [{"obs_type": "state"}, {"obs_type": "pixels", "size": 64}])
-def test_check_env(settings, capsys):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_env(gymnasium.make("lewm/TwoRoom-v0", render_mode="rgb_array", **settings).unwrapped)
-        check_env(gymnasium.make("lewm/TwoRoom-v0", render_mode="human", **settings).unwrapped)
-    assert "▀" in capsys.readouterr().out
 
 
 def test_make():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lewm.evaluation import PLANNERS, PROTOCOLS, evaluate
     from lewm.model import Model, load, use
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
+    from lewm.recipes import RECIPES, recipe
     from lewm.replay import ReplayBuffer
     from lewm.results import compare
     from lewm.trainer import train
@@ -41,6 +42,8 @@ _HOME = {
     "MPPI": "planner",
     "Plan": "planner",
     "plan": "planner",
+    "RECIPES": "recipes",
+    "recipe": "recipes",
     "ReplayBuffer": "replay",
     "compare": "results",
     "train": "trainer",
@@ -53,6 +56,7 @@ __all__ = [
     "PLANNERS",
     "PRESETS",
     "PROTOCOLS",
+    "RECIPES",
     "Controller",
     "Dataset",
     "Model",
@@ -68,6 +72,7 @@ __all__ = [
     "evaluate",
     "load",
     "plan",
+    "recipe",
     "train",
     "use",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -45,30 +47,26 @@ def collect(
 ) -> None:
     """Collect episodes into a store. Run again after an interruption, it makes the missing ones."""
     from lewm.collector import collect
+
+    settings = {"episodes": episodes, "size": size, "seed": seed, "policy": policy, "max_steps": max_steps}
+    _collected(partial(collect, env, path, **settings, env_kwargs=_settings(env_setting or [])), path, card)
+
+
+def _collected(collect: Callable[..., Any], path: Path, card: bool = True) -> Any:
+    """The store after collecting into it with a progress bar, a line about it, and a data card."""
     from lewm.progress import Bar
 
     before, started = _frames(path), time.perf_counter()
     with Bar("episodes") as bar:
-        data = collect(
-            env,
-            path,
-            episodes=episodes,
-            size=size,
-            seed=seed,
-            policy=policy,
-            max_steps=max_steps,
-            env_kwargs=_settings(env_setting or []),
-            progress=bar.collect,
-        )
+        data = collect(progress=bar.collect)
     speed = (data.frame_count - before) / (time.perf_counter() - started)
-    typer.echo(
-        f"{path}: {len(data)} episodes, {data.frame_count} frames ({speed:,.0f} a second), "
-        f"fingerprint {data.fingerprint()[:12]}"
-    )
-    if card:
+    made = f" ({speed:,.0f} a second)" if speed else ""
+    typer.echo(f"{path}: {len(data)} episodes, {data.frame_count} frames{made}, fingerprint {data.fingerprint()[:12]}")
+    if card and speed:  # else there was nothing to do
         from lewm.card import write_card
 
         write_card(data, frames_per_second=round(speed, 1))
+    return data
 
 
 def _frames(path: Path) -> int:
@@ -80,9 +78,19 @@ def _frames(path: Path) -> int:
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Argument(help="Store to learn from.")],
-    preset: Annotated[str, typer.Option(help="paper, small or tiny.")] = "paper",
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/PRESET-SEED by default.")] = None,
+    data: Annotated[
+        Path | None, typer.Argument(help="Store to learn from; without one, a recipe collects its own.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="two-room, pusht, reacher or cube: as `lewm recipes` says.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Of the recipe: paper, the default on CUDA, else small or tiny.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Without a recipe: paper (the default), small or tiny.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; runs/PRESET-SEED or runs/RECIPE-SIZE/seed-SEED by default.")
+    ] = None,
     seed: _Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     device: Annotated[str | None, typer.Option(help="Torch device; CUDA where there is one by default.")] = None,
@@ -100,26 +108,58 @@ def train(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of model or training.")
     ] = None,
 ) -> None:
-    """Train a world model. Ctrl-C leaves a run that --resume continues, with the same losses."""
+    """Train a world model. Ctrl-C leaves a run that --resume continues, with the same losses.
+
+    With a recipe, its data are collected first, as far as they are missing; what evaluates the model is printed last.
+    """
     from lewm.progress import Bar
     from lewm.trainer import train
 
-    settings: dict[str, Any] = {"preset": preset, "seed": seed, "device": device, "compile": compile}
-    settings |= _settings(setting or [])
+    settings: dict[str, Any] = {"seed": seed, "device": device, "compile": compile, **_settings(setting or [])}
     if as_json and not profile:
         raise ValueError("--json must go with --profile")
+    followed = _recipe(recipe, size, preset, device) if recipe else None
+    if followed is not None:
+        learn: Callable[..., Any] = followed.train
+        out = out or followed.run(seed)
+    elif size is not None:
+        raise ValueError(f"--size must go with --recipe, got {size!r} alone; --preset is what goes without")
+    else:
+        learn, preset = partial(train, preset=preset or "paper"), preset or "paper"
+        out = out or Path(f"runs/{preset}-{seed}")
+    if data is None:
+        if followed is None:
+            raise ValueError("data must be a store to learn from, or --recipe one that collects its own; got neither")
+        data = _collected(followed.collect, followed.store)
     if profile:
-        found = train(data, profile=True, resume=resume, **settings)
+        found = learn(data, profile=True, resume=resume, **settings)
         typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
         return
-    out = out or Path(f"runs/{preset}-{seed}")
     try:
         with Bar("steps") as bar:
-            model = train(data, out=out, resume=resume, progress=bar.train, **settings)
+            model = learn(data, out=out, resume=resume, progress=bar.train, **settings)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; the same command with --resume goes on from {out}/checkpoint.safetensors", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"{out}/model.safetensors\n{model.describe()}")
+    for trial in followed.trials if followed else ():
+        typer.echo(f"\n{trial.protocol}, {trial}\n{trial.command(out)}")
+
+
+def _recipe(name: str, size: str | None, preset: str | None, device: str | None) -> Any:
+    from lewm.recipes import recipe
+
+    if preset is not None:
+        raise ValueError(f"--preset must go without --recipe, whose --size it is; got {preset!r}")
+    return recipe(name, size, device=device)
+
+
+@app.command()
+def recipes() -> None:
+    """What each recipe collects and trains, how it is evaluated, and what came of it."""
+    from lewm.recipes import RECIPES
+
+    typer.echo("\n\n".join(str(recipe) for sizes in RECIPES.values() for recipe in sizes.values()))
 
 
 @app.command()
@@ -132,7 +172,10 @@ def evaluate(
     seed: _Seed = 0,
     planner: _Planner = None,
     execute: Annotated[int | None, typer.Option(help="Blocks of each plan to execute; all by default.")] = None,
-    env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the environment.")] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A setting of the environment; those of the model's data by default."),
+    ] = None,
 ) -> None:
     """Success rate with its interval, beside the random floor, on held-out pairs."""
     from dataclasses import replace
@@ -347,7 +390,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"a setting must be NAME=VALUE, got {pair!r}")
-        if name in ("data", "preset", "out", "seed", "resume", "device", "compile", "profile"):
+        if name in ("data", "recipe", "size", "preset", "out", "seed", "resume", "device", "compile", "profile"):
             raise ValueError(f"{name} has an option of its own, --{name}; got it as a setting")
         try:
             settings[name] = json.loads(text)

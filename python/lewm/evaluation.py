@@ -38,6 +38,9 @@ from lewm.planner import CEM, ICEM, MPPI, Planner, plan, planner_from, planner_o
 
 __all__ = ["PLANNERS", "PROTOCOLS", "Protocol", "Result", "evaluate", "wilson"]
 
+# Settings of model and training, each off by default, that make it another method: loss terms beside the paper's two
+# (their weights), heads, the predictor of action prefixes.
+OPTIONAL_PARTS = ("inverse_dynamics", "reconstruction", "distance_head", "action_prior", "action_prefix")
 # Latency is that of single plans; this many are timed.
 _TIMED_PLANS = 20
 # Candidates scored at once when `batch` is left open: bounds memory, large enough to keep a CPU busy.
@@ -135,6 +138,8 @@ class Training:
         seed, steps: Of the run.
         seconds: Wall time of the steps, evaluation on held-out data included.
         device: As torch names it.
+        parts: Those of the optional settings in `OPTIONAL_PARTS` that are on, by name; None in older files.
+        episodes, policy: Of the data, and who acted in it; None where the file does not say.
     """
 
     preset: str
@@ -143,6 +148,9 @@ class Training:
     steps: int
     seconds: float
     device: str
+    parts: dict[str, Any] | None = None
+    episodes: int | None = None
+    policy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -284,9 +292,12 @@ def evaluate(
     the protocol's own: fresh ones of the scripted policy, drawn under a key that no `lewm.collect` can use, so that
     they are held out from any training and the same for every model.
 
+    The environment is made with the `env_kwargs` of the data that the model learnt from, so that it draws the pictures
+    that the model knows (`look="official"`); those of the protocol come first. The result's protocol has both.
+
     Args:
         model: What plans.
-        protocol: A name in `PROTOCOLS` or a `Protocol`.
+        protocol: A name in `PROTOCOLS` or a `Protocol`, of the environment that the model learnt from.
         pairs: Number of pairs, by default the protocol's. The first n pairs are the same whatever the number.
         planner: A name in `PLANNERS` or a planner; by default the one that the model file names, else `CEM()`.
         execute: Blocks of each plan to execute before the next; by default all.
@@ -299,7 +310,8 @@ def evaluate(
         progress: Called with (pairs done, pairs).
 
     Raises:
-        TypeError, ValueError: An argument is not as described, or model, data and environment do not fit together.
+        TypeError, ValueError: An argument is not as described, or model, data and environment do not fit together:
+            a model of another environment than the protocol's, as far as its file says which.
     """
     started = time.perf_counter()
     protocol = _named("protocol", protocol, PROTOCOLS)
@@ -313,6 +325,7 @@ def evaluate(
     batch = max(1, _CANDIDATES // planner.samples) if batch is None else integer("batch", batch, 1)
     integer("seed", seed, 0, 2**64)
     model.require_stats()
+    protocol = _as_learnt(protocol, model)
     _check_actions(protocol, model)
 
     if data is None:
@@ -356,7 +369,7 @@ def evaluate(
         backend=model.backend,
         precision=model.precision,
         training=_training(model),
-        command=_command(protocol, n, asked, execute, seed, data is not None),
+        command=command_of(protocol, n, asked, execute, seed, data is not None),
         versions=_versions(),
         seconds=time.perf_counter() - started,
         success=solved,
@@ -369,8 +382,8 @@ def evaluate(
     return result
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a success rate, low and high in [0, 1].
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a success rate, low and high in [0, 1]; successes may be a mean.
 
     Raises:
         ValueError: `n` is below 1, or successes are not between 0 and n.
@@ -542,6 +555,22 @@ def _pictures(protocol: Protocol, states: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate(drawn)
 
 
+def _as_learnt(protocol: Protocol, model: Any) -> Protocol:
+    """The protocol in the environment that the model learnt from, as far as its file says what that was."""
+    learnt = model.meta.get("data") or {}
+    env_id, settings = learnt.get("env_id"), learnt.get("env_kwargs")
+    if env_id not in (None, protocol.env_id):
+        raise ValueError(
+            f"model and protocol must be of the same environment: the model learnt from {str(env_id)[:200]}, "
+            f"{protocol.name} is of {protocol.env_id}"
+        )
+    if not isinstance(settings, dict):
+        return protocol
+    # How goals are drawn is the protocol's own affair, whose pairs are the same for every model.
+    kept = {name: value for name, value in settings.items() if name != "goal_rule"}
+    return replace(protocol, env_kwargs={**kept, **protocol.env_kwargs})
+
+
 def _check_actions(protocol: Protocol, model: Any) -> None:
     space = space_of(protocol.env_id)
     if space.shape != (model.config.action_dim,):
@@ -649,13 +678,15 @@ def _training(model: Any) -> Training | None:
     before = {k: v for part in configure(preset, model.config.action_dim, {}) for k, v in asdict(part).items()}
     changes = {name: value for name, value in now.items() if value != before.get(name)}
     found = {name: record.get(name) for name in ("seed", "steps", "seconds", "device")}
+    found["parts"] = {name: now[name] for name in OPTIONAL_PARTS if now.get(name)}
+    found |= {name: (model.meta.get("data") or {}).get(name) for name in ("episodes", "policy")}
     try:
         return _typed("training", {"preset": preset, "changes": changes, **found}, Training)
     except (ValueError, OverflowError, RecursionError):
         return None
 
 
-def _command(protocol: Protocol, n: int, planner: Planner, execute: int, seed: int, data: bool) -> str:
+def command_of(protocol: Protocol, n: int, planner: Planner, execute: int, seed: int, data: bool) -> str:
     """The command, or for a protocol that it cannot name the call, that measures the same."""
     known = PROTOCOLS.get(protocol.name)
     if known is None or replace(known, pairs=protocol.pairs, env_kwargs=protocol.env_kwargs) != protocol:
@@ -694,6 +725,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         return {key: _typed(f"{name}[{key!r}]", each, of[1]) for key, each in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         kinds = typing.get_type_hints(kind)
+        # What may be None may be missing: older releases did not write it.
+        value = {f.name: None for f in dataclasses.fields(kind) if f.default is None} | value
         if value.keys() != kinds.keys():
             raise ValueError(f"{name} must have the fields {', '.join(kinds)}, got {', '.join(value)}")
         return kind(**{key: _typed(key, each, kinds[key]) for key, each in value.items()})

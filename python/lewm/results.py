@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from lewm.evaluation import PROTOCOLS, Result, wilson
+from lewm.evaluation import OPTIONAL_PARTS, PROTOCOLS, Moved, Result, Training, wilson
 
 __all__ = ["Comparison", "compare", "table"]
 
@@ -125,17 +127,31 @@ _HEAD = """# Results
 
 Made by `lewm results results --out RESULTS.md` from the files that `lewm evaluate --out` wrote; never edited by hand.
 
-Solved: share of n start/goal pairs, with its 95 % Wilson interval; the pairs are from fresh episodes of the protocol,
-which no training can have seen, unless a task says "pairs from" a data set. Random: uniform actions on the same pairs,
-and how many pairs count as solved at the start. Moved: the pairs in which more than the agent moved, where the task can
-tell; a model that sees the agent alone solves few of them. Plan: median time of one plan for one environment.
-`lewm compare` gives the paired difference of two results.
+Task: a protocol; its pairs of start and goal are from fresh episodes, which no training can have seen, unless it says
+"pairs from" a data set. Method: preset, loss terms, what plans are scored by, heads, other settings. Random: uniform
+actions on the same pairs, and how many pairs count as solved at the start. Moved: the pairs in which more than the
+agent moved, where the task can tell; a model that sees the agent alone solves few of them. Plan: median time of a plan
+for one environment. `lewm compare` gives the paired difference of two results.
 """
-_COLUMNS = ("task", "method", "solved", "n", "random", "moved", "training", "plan", "model", "command")
+_SUMMARY_HEAD = """
+## Over training seeds
+
+Solved: the mean over seeds of the share of pairs solved. Its interval is Wilson's for that mean with the pairs of one
+seed: all seeds meet the same pairs, so more of them say nothing of other pairs, and an interval of the pooled n would
+be too narrow. Seeds: the lowest and the highest, which is what another training may give.
+"""
+_SUMMARY_COLUMNS = ("task", "method", "solved", "seeds", "n", "random", "moved", "training", "plan")
+_ROW_HEAD = """
+## Each training seed
+
+Solved: share of n pairs, with its 95 % Wilson interval.
+"""
+_TERMS = ("inverse_dynamics", "reconstruction")
+_ROW_COLUMNS = ("task", "method", "solved", "n", "random", "moved", "training", "plan", "model", "command")
 
 
 def table(folder: str | os.PathLike[str]) -> str:
-    """The text of RESULTS.md: a row for each result JSON in a folder, by task and method.
+    """The text of RESULTS.md, by task and method: a line over all training seeds, then one for each result JSON.
 
     Raises:
         NotADirectoryError: There is no such folder.
@@ -146,48 +162,133 @@ def table(folder: str | os.PathLike[str]) -> str:
         raise NotADirectoryError(f"results must be a folder of result JSONs, got {folder}")
     # By name first, so that equal rows have an order too.
     found = [Result.load(path) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        return f"{_HEAD}\nNo results yet.\n"
     tasks = list(PROTOCOLS)
     found.sort(
         key=lambda r: (
             tasks.index(r.protocol.name) if r.protocol.name in tasks else len(tasks),
             r.protocol.name,
             _method(r),
+            r.training.seed if r.training else 0,
         )
     )
-    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_row, found)] if found else [("No results yet.",)]
-    lines = ["| " + " | ".join(map(_cell, row)) + " |" if found else row[0] for row in rows]
-    return _HEAD + "\n" + "\n".join(lines) + "\n"
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in found:
+        groups.setdefault(_group(result), []).append(result)
+    summary = _markdown(_SUMMARY_COLUMNS, map(_summary, groups.values()))
+    return f"{_HEAD}{_SUMMARY_HEAD}\n{summary}{_ROW_HEAD}\n{_markdown(_ROW_COLUMNS, map(_row, found))}"
+
+
+def _group(result: Result) -> tuple[Any, ...]:
+    """What results have in common that differ by their training seed alone."""
+    training = result.training
+    return (
+        str(replace(result.protocol, pairs=result.n)),
+        *(str(result.pairs), result.data, str(result.planner), result.execute, result.seed),
+        *(result.backend, result.precision, _method(result)),
+        (training.episodes, training.policy) if training else result.model_hash,  # no unknown method is like another
+    )
+
+
+def _summary(group: list[Result]) -> tuple[str, ...]:
+    first, trained = group[0], [result.training for result in group if result.training]
+    rates, moved = [result.success_rate for result in group], [result.moved for result in group if result.moved]
+    seeds = ", ".join(str(training.seed) for training in trained)
+    return (
+        _task(first),
+        _method(first),
+        _solved(rates, first.n),
+        f"{seeds}: {_span('{:.1%}', rates)}" if len(group) > 1 else seeds,
+        f"{len(group)} x {first.n} = {len(group) * first.n:,}" if len(group) > 1 else str(first.n),
+        _random(first),
+        _moved([each.success_rate for each in moved], moved[0]) if moved else "",
+        _training(trained),
+        _plan(group),
+    )
 
 
 def _row(result: Result) -> tuple[str, ...]:
-    protocol, planner, training, moved = result.protocol, result.planner, result.training, result.moved
-    task = [protocol.name, *_settings(protocol.env_kwargs)]
-    if result.data is not None:
-        task.append(f"pairs from {result.data[:12]}")
-    search = f"{planner['name'].upper()} {planner['samples']} x {planner['iterations']}"
-    blocks = f"{result.execute} of {planner['horizon']} blocks executed"
-    machine = [result.backend, result.precision, result.versions.get("cpu", "")]
+    training, moved = result.training, result.moved
     return (
-        ", ".join(task),
-        _method(result),
-        f"**{result.success_rate:.1%}** {_interval(result.interval)}",
+        _task(result),
+        f"{_method(result)}, seed {training.seed}" if training else _method(result),
+        _solved([result.success_rate], result.n),
         str(result.n),
-        f"{result.random_floor:.1%}; {result.solved_at_start} at the start",
-        f"{moved.success_rate:.1%} {_interval(moved.interval)} of {moved.n}; random {moved.random_floor:.1%}"
-        if moved
-        else "",
-        f"{training.steps:,} steps, {training.seconds:,.0f} s, {training.device}" if training else "",
-        f"{result.plan_ms['p50']:.3g} ms: {search}, {blocks}; {' '.join(filter(None, machine))}",
+        _random(result),
+        _moved([moved.success_rate], moved) if moved else "",
+        _training([training] if training else []),
+        _plan([result]),
         result.model_hash[:12],
         f"`{result.command.replace('`', '')}`",
     )
 
 
+def _task(result: Result) -> str:
+    task = [result.protocol.name, *_settings(result.protocol.env_kwargs)]
+    if result.data is not None:
+        task.append(f"pairs from {result.data[:12]}")
+    return ", ".join(task)
+
+
 def _method(result: Result) -> str:
+    """Preset, loss terms, what plans are scored by, what helps them, other settings: all but the training's seed."""
     training = result.training
     if training is None:
         return "unknown"
-    return ", ".join([training.preset, *_settings(training.changes), f"seed {training.seed}"])
+    changes, parts = training.changes, training.parts
+    if parts is None:  # an older file, of presets that had none
+        parts = {name: changes[name] for name in OPTIONAL_PARTS if changes.get(name)}
+    terms = [f"{name.replace('_', ' ')} {parts[name]}" for name in _TERMS if name in parts]
+    helps = [name.replace("_", " ") for name in ("action_prior", "action_prefix") if name in parts]
+    cost = result.planner["cost"]
+    return ", ".join(
+        [
+            training.preset,
+            " + ".join(["two terms", *terms]),
+            *([f"{cost} cost"] if cost else []),
+            *helps,
+            *_settings({name: value for name, value in changes.items() if name not in OPTIONAL_PARTS}),
+        ]
+    )
+
+
+def _solved(rates: list[float], n: int) -> str:
+    """The mean of rates on the same n pairs, and its interval."""
+    rate = math.fsum(rates) / len(rates)
+    return f"**{rate:.1%}** {_interval(wilson(rate * n, n))}"
+
+
+def _random(result: Result) -> str:
+    return f"{result.random_floor:.1%}; {result.solved_at_start} at the start"
+
+
+def _moved(rates: list[float], moved: Moved) -> str:
+    solved = _solved(rates, moved.n).replace("**", "")
+    return f"{solved} of {moved.n}; random {moved.random_floor:.1%}"
+
+
+def _training(trained: list[Training]) -> str:
+    if not trained:
+        return ""
+    steps, seconds = [each.steps for each in trained], [each.seconds for each in trained]
+    text = f"{_span('{:,}', steps)} steps, {_span('{:,.0f}', seconds)} s, {trained[0].device}"
+    episodes, policy = trained[0].episodes, trained[0].policy
+    return text if episodes is None else f"{text}; {episodes:,} episodes{f' of {policy}' if policy else ''}"
+
+
+def _plan(results: list[Result]) -> str:
+    first, planner = results[0], results[0].planner
+    search = f"{planner['name'].upper()} {planner['samples']} x {planner['iterations']}"
+    blocks = f"{first.execute} of {planner['horizon']} blocks executed"
+    machine = " ".join(filter(None, [first.backend, first.precision, first.versions.get("cpu", "")]))
+    return f"{_span('{:.3g}', [result.plan_ms['p50'] for result in results])} ms: {search}, {blocks}; {machine}"
+
+
+def _span(form: str, values: Sequence[float]) -> str:
+    """The lowest and the highest, or the one if they are written alike."""
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def _settings(settings: dict[str, object]) -> list[str]:
@@ -196,6 +297,10 @@ def _settings(settings: dict[str, object]) -> list[str]:
 
 def _interval(interval: tuple[float, float]) -> str:
     return f"[{interval[0]:.1%}, {interval[1]:.1%}]"
+
+
+def _markdown(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "".join("| " + " | ".join(map(_cell, row)) + " |\n" for row in (columns, ("---",) * len(columns), *rows))
 
 
 def _cell(text: str) -> str:

@@ -46,6 +46,7 @@ _LOG_EVERY = 20
 _PRECISE_BATCHES = 100
 _PROBE_FRAMES = 2000
 _COMPILER = "inductor"
+_ORIGIN = ("env_id", "env_kwargs", "seed", "policy")  # of the store's metadata, what the model's file repeats
 _COLUMNS = (
     "step",
     "loss",
@@ -577,7 +578,7 @@ class _Run:
             "data": {
                 "fingerprint": self.identity["fingerprint"],
                 "episodes": len(self.data),
-                **{k: self.data.metadata[k] for k in ("env_id", "seed", "policy") if k in self.data.metadata},
+                **{k: self.data.metadata[k] for k in _ORIGIN if k in self.data.metadata},
             },
             "training": {
                 "config": self.identity["train"],

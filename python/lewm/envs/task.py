@@ -190,7 +190,10 @@ def spaces_of(task: type[Task], size: int, obs_type: str) -> tuple[spaces.Box, s
     action = spaces.Box(task.action_low, task.action_high, dtype=np.float32)
     if obs_type == "pixels":
         return spaces.Box(0, 255, (size, size, 3), np.uint8), action
-    return spaces.Box(-np.inf, np.inf, (2 * task.state_dim,), np.float64), action
+    # Hardly a number of a state has a bound: pushers go through walls, joints turn on, limits are soft. Any finite one
+    # lies within these, which gymnasium takes without a warning and can sample between; wider ones it cannot.
+    most = np.finfo(np.float64).max / 2
+    return spaces.Box(-most, most, (2 * task.state_dim,), np.float64), action
 
 
 def begin(task: Task, rng: np.random.Generator, state: np.ndarray | None, goal: np.ndarray | None) -> np.ndarray:
