@@ -128,6 +128,7 @@ class TrainConfig:
         schedule: Length of the cosine in runs. The paper scheduled 100 epochs and stopped after 10, so its learning
             rate hardly falls: 10. With 1 it ends at zero.
         clip: Largest gradient norm.
+        inverse_dynamics, reconstruction: Weights of two further terms, 0 for none (`lewm.auxiliary`).
         validation: Share of episodes held out.
     """
 
@@ -142,6 +143,8 @@ class TrainConfig:
     warmup: float = 0.1
     schedule: float = 10.0
     clip: float = 1.0
+    inverse_dynamics: float = 0.0
+    reconstruction: float = 0.0
     validation: float = 0.1
 
     def __post_init__(self) -> None:
@@ -154,7 +157,7 @@ class TrainConfig:
         for name in ("learning_rate", "epochs", "schedule", "clip"):
             if not 0 < _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
-        for name in ("weight_decay", "sigreg_weight"):
+        for name in ("weight_decay", "sigreg_weight", "inverse_dynamics", "reconstruction"):
             if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
         if not 0 <= _number("warmup", self.warmup) < 1:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lewm import __version__, diagnostics, envs
+from lewm.auxiliary import Auxiliary
 from lewm.checks import integer
 from lewm.config import ModelConfig, TrainConfig, configure, preset_named
 from lewm.data import Dataset
@@ -236,9 +237,12 @@ class _Run:
         }
         with _keyed(torch.default_generator, seed):
             self.network = LeWM(model_config)
+            self.auxiliary = Auxiliary(model_config, config)
         self.network.to(self.device)
+        self.auxiliary.to(self.device)
         # Heads are trained when the rest is done (`_train_heads`).
         self._trained = [p for name, p in self.network.named_parameters() if not name.startswith(HEADS)]
+        self._trained += self.auxiliary.parameters()
         self.optimiser = torch.optim.AdamW(
             self._trained,
             lr=config.learning_rate,
@@ -311,6 +315,10 @@ class _Run:
             z, prediction = self._losses(frames, actions)
         regulariser = sigreg(z.transpose(0, 1), Directions(config.directions, self.seed, self.step))
         loss = prediction + config.sigreg_weight * regulariser
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            further = self.auxiliary(z, frames, actions)
+        for name, term in further.items():
+            loss = loss + self.auxiliary.weights[name] * term
         self._mark("sigreg")
         loss.backward()
         self._mark("encoder backward")
@@ -318,6 +326,7 @@ class _Run:
             "loss": loss.detach(),
             "prediction": prediction.detach(),
             "sigreg": regulariser.detach(),
+            **{name: term.detach() for name, term in further.items()},
             "z": z.detach(),
         }
 
@@ -452,7 +461,7 @@ class _Run:
     def _columns(self) -> tuple[str, ...]:
         """Of `metrics.csv`: with a probe for each thing that a model of this environment should know."""
         factors = self._factors(np.zeros((1, self.data.columns["state"]))) if "state" in self.data.columns else {}
-        return (*_COLUMNS, *(f"probe_{name}" for name in factors if len(factors) > 1))
+        return (*_COLUMNS, *self.auxiliary.weights, *(f"probe_{name}" for name in factors if len(factors) > 1))
 
     def _latents_and_states(self, episodes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         rows = [
@@ -601,9 +610,16 @@ class _Run:
         device = None if self.device.type == "cpu" else str(self.device)
         return Model(self.model_config, self.network.state_dict(), stats=self.stats, meta=meta, device=device)
 
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of all networks, by their names in a checkpoint."""
+        modules: tuple[tuple[str, torch.nn.Module], ...] = (("network", self.network), ("auxiliary", self.auxiliary))
+        for part, module in modules:
+            for name, value in module.state_dict().items():
+                yield f"{part}.{name}", value
+
     def _save(self) -> None:
         """The whole state of the run, in one file that is replaced at once."""
-        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors = dict(self._state())
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors.update({f"optimiser.{index}.{name}": value for name, value in state.items()})
         header = {"identity": self.identity, "step": self.step, "seconds": self.seconds, "metrics": self.metrics}
@@ -642,17 +658,18 @@ class _Run:
         self.seconds, self.metrics = float(header["seconds"]), dict(header["metrics"])
         for value in self.metrics.values():
             math.isfinite(value)  # a number, or an error
-        want = {f"network.{name}": tuple(value.shape) for name, value in self.network.state_dict().items()}
+        want = {name: tuple(value.shape) for name, value in self._state()}
         for index, parameter in enumerate(self._trained if self.step else ()):
             shape = tuple(parameter.shape)
             want |= {f"optimiser.{index}.{k}": s for k, s in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape))}
         # The optimiser's kernels would read beyond the end of what is too short.
         check_shapes(want, tensors, "its tensors are not those of this run")
-        states: dict[str, Any] = {"network": {}, "optimiser": {}}
+        states: dict[str, Any] = {"network": {}, "auxiliary": {}, "optimiser": {}}
         for name, value in tensors.items():
             part, _, key = name.partition(".")
             states[part][key] = torch.from_numpy(value)
         self.network.load_state_dict(states["network"])
+        self.auxiliary.load_state_dict(states["auxiliary"])
         state = self.optimiser.state_dict()
         state["state"] = {}
         for name, value in states["optimiser"].items():
