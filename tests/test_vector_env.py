@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
+from lewm.collector import generate
 from lewm.envs.task import Task, TaskEnv
 from lewm.envs.vector import TaskVectorEnv
 
@@ -124,6 +125,21 @@ def test_what_follows_the_last_step(workers):
     assert not terminated.any()
     *_, truncated, info = env.step(push)
     assert truncated.tolist() == [False, True, True, True]
+    env.close()
+
+
+def test_the_last_step_may_also_succeed():
+    env = WalkVectorEnv(3, size=8, obs_type="pixels", max_episode_steps=4, autoreset_mode=OFF, workers=0)
+    env.reset(seed=0, options={"state": np.zeros((3, 2)), "goal": np.array([[4.0, 0], [50, 0], [2, 0]])})
+    for _ in range(4):
+        *_, terminated, truncated, _ = env.step(np.ones((3, 1)))
+    assert terminated.tolist() == [True, False, False]
+    assert truncated.tolist() == [True, True, True]
+    # A goal is four steps away: every episode of this policy is at its goal when it ends.
+    made = generate(
+        env, lambda states, goals, _: np.sign(goals - states)[:, :1], seed=0, episodes=range(3), max_steps=4
+    )
+    assert [len(episode.frames) for episode in made] == [5, 5, 5]
     env.close()
 
 

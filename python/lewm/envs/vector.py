@@ -142,7 +142,7 @@ class TaskVectorEnv(VectorEnv):
         self._shared["action"][:] = clipped(self._task, actions, self.action_space.shape)
         self._all("step")
         ended = self._shared["ended"]
-        return self._observation(), np.zeros(self.num_envs), ended == 1, ended == 2, self._info()
+        return self._observation(), np.zeros(self.num_envs), ended & 1 > 0, ended & 2 > 0, self._info()
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """N pictures (size, size, 3) uint8 in mode "rgb_array", else None."""
@@ -221,7 +221,7 @@ class _Job(NamedTuple):
             "action": ((n, len(task.action_low)), "f8"),
             "distance": ((n,), "f8"),
             "success": ((n,), "u1"),
-            "ended": ((n,), "u1"),  # 0 no, 1 terminated, 2 truncated
+            "ended": ((n,), "u1"),  # 1 terminated, 2 truncated, 3 both
             "frames": ((n * self.pixels, self.size, self.size, 3), "u1"),
         }
         places, offset = {}, 0
@@ -287,7 +287,7 @@ class _Group:
                 self._steps[i] += 1
                 success = self._report(i)
                 spent = self._job.limit is not None and self._steps[i] >= self._job.limit
-                self._shared["ended"][row] = 1 if success else 2 if spent else 0
+                self._shared["ended"][row] = success + 2 * spent
 
     def _report(self, i: int) -> bool:
         row, shared, task = self._rows[i], self._shared, self._tasks[i]
