@@ -54,7 +54,7 @@ def test_there_are_four_each_for_a_gpu_and_for_a_cpu():
         "two-room": ["paper", "tiny"],
         "pusht": ["paper", "small"],
         "reacher": ["paper", "tiny"],
-        "cube": ["paper", "small"],
+        "cube": ["paper", "tiny"],
     }
     assert all(RECIPES[recipe.name][recipe.size] is recipe for recipe in ALL)
 
