@@ -96,6 +96,8 @@ def test_rounded_factors(precision):
 @pytest.mark.parametrize("planner", [lewm.CEM, lewm.ICEM, lewm.MPPI])
 def test_a_plan_is_that_of_torch(backend, planner):
     """With the distance head's cost, from the action prior's guess, and beyond a pass."""
+    # MPPI weighs its elites by cost gaps, here a thousandth of a cost: that much more does the rounding of costs weigh.
+    atol = 2e-3 if planner is lewm.MPPI else 1e-4
     planner = planner(samples=16, iterations=2, elites=4, horizon=4)
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     models = (made(name, EVEN, **PREFIX) for name in (backend, "torch"))
@@ -103,7 +105,7 @@ def test_a_plan_is_that_of_torch(backend, planner):
         lewm.plan(frames[:2], frames[2:], model=model, planner=planner, seed=5, return_rollout=True) for model in models
     )
     for name in ("actions", "cost", "mean", "trace", "imagined"):
-        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-3, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-3, atol=atol, err_msg=name)
 
 
 def test_a_controller_needs_no_history():

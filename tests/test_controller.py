@@ -54,6 +54,30 @@ def test_it_replans_after_the_blocks_to_execute_from_the_shifted_mean(execute):
         init = np.concatenate([want.mean[execute:], np.zeros((execute, 4))])
 
 
+@pytest.mark.parametrize(("execute", "horizons"), [(1, [3, 2, 1, 3, 2]), (2, [3, 1, 3, 1]), (3, [3, 3, 3])])
+@pytest.mark.parametrize("kind", [CEM, ICEM])
+def test_a_shrinking_horizon_ends_when_the_first_plan_did(kind, execute, horizons):
+    model, settings = PointModel(), {"samples": 32, "iterations": 4, "elites": 6}
+    controller = Controller(model, GOAL, planner=kind(**settings, horizon=3), execute=execute, shrink=True)
+    found, actions = [], []
+    for frame in frames(model, 2 * sum(min(execute, horizon) for horizon in horizons)):
+        before = controller.plan
+        actions.append(controller(frame))
+        if controller.plan is not before:
+            found.append((frame, controller.plan))
+    assert [len(made.actions) // 2 for _, made in found] == horizons
+    if kind is CEM:
+        init, done = None, 0
+        for index, (frame, made) in enumerate(found):
+            planner = CEM(**settings, horizon=horizons[index])
+            want = plan(frame, GOAL, model=model, planner=planner, plan_index=index, init=init)
+            np.testing.assert_array_equal(made.actions, want.actions)
+            now = min(execute, horizons[index])
+            np.testing.assert_array_equal(actions[2 * done : 2 * (done + now)], want.actions[: 2 * now])
+            done, rest = done + now, want.mean[execute:]
+            init = rest if len(rest) else None
+
+
 def test_icem_scores_the_rests_of_its_elites_again():
     model, planner = PointModel(), ICEM(samples=32, iterations=4, elites=10, horizon=3)
     obs = frames(model, 4)

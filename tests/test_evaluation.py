@@ -28,6 +28,10 @@ class Line:
     def moved(states, goals):
         return np.abs(states[:, 1] - goals[:, 1]) > 0.5
 
+    @staticmethod
+    def blind(states, goals):
+        return goals[:, :1] - states[:, :1]
+
 
 class LineEnv(gymnasium.Env):
     action_space = gymnasium.spaces.Box(-0.5, 0.5, (1,), np.float32)
@@ -434,6 +438,13 @@ def test_pairs_whose_block_moved_are_told_apart():
     # The control: a model that sees the agent alone.
     assert result.moved.success_rate < 0.5 < np.array(result.success)[~moved].mean()
     assert f"more than the agent moved: {solved.mean():.1%}" in str(result)
+    # Another control, without a model: the agent goes straight to its place, and pushes what is on the way.
+    starts, goals = tasks.states, tasks.goals
+    block = np.maximum(starts[:, 1], goals[:, 0])
+    near = np.abs(block - goals[:, 1]) < 0.5
+    assert result.blind_floor == near.mean()
+    assert result.moved.blind_floor == near[moved].mean()
+    assert f"blind to the rest: {near.mean():.1%}, of those pairs {near[moved].mean():.1%}" in str(result)
 
 
 @pytest.mark.parametrize(("history", "execute", "most"), [(1, 5, 2), (1, 2, 5), (2, 5, 10)])

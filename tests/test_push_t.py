@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,25 @@ def test_the_pusher_moves_the_block_gently(episodes):
     assert 0.75 < np.mean(ahead) < 0.98
     assert (np.abs(states[..., :4] - 256) < 256).all(axis=-1).mean() > 0.97  # agent and block stay in the picture
     assert all(turned(path[0, 4], path[:, 4]).max() > 0.3 for path in states)  # and it is turned
+
+
+def test_play_begins_on_the_mark_and_walks_about(episodes, tmp_path):
+    data = lewm.collect(
+        "lewm/PushT-v0", tmp_path / "play.lewm", episodes=16, size=16, policy="play", env_kwargs={"start_rule": "mark"}
+    )
+    states = np.stack([data.column("state", i) for i in range(16)])
+    assert (states[:, 0, 2:5] == (256, 256, math.pi / 4)).all()
+    assert np.ptp(states[:, 0, :2], axis=0).min() > 100  # the pusher begins anywhere
+    goals = np.stack([data.column("goal_state", i)[0] for i in range(16)])
+    assert np.ptp(goals[:, 2:4], axis=0).min() > 100  # and so does the block of a goal
+    apart = [np.linalg.norm(path[:, :2] - path[:, 2:4], axis=1).mean() for path in states]
+    pushing = [np.linalg.norm(e.columns["state"][:, :2] - e.columns["state"][:, 2:4], axis=1).mean() for e in episodes]
+    assert np.mean(apart) > 1.15 * np.mean(pushing)
+    assert PushT.moved(states[:, 0], states[:, -1]).mean() > 0.8  # the block is pushed all the same
+    with pytest.raises(ValueError, match="start_rule must be 'anywhere' or 'mark', got 'here'"):
+        PushT("here")
+    with pytest.raises(ValueError, match="policy is 'play', but 'lewm/TwoRoom-v0' has none"):
+        lewm.collect("lewm/TwoRoom-v0", tmp_path / "rooms.lewm", episodes=1, policy="play")
 
 
 def test_what_was_collected_can_be_replayed(episodes):

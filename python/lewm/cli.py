@@ -37,7 +37,7 @@ def collect(
     episodes: Annotated[int, typer.Option(help="Episodes the store shall hold.")] = 300,
     size: Annotated[int, typer.Option(help="Side of a frame, in pixels.")] = 64,
     seed: _Seed = 0,
-    policy: Annotated[str, typer.Option(help="expert or random.")] = "expert",
+    policy: Annotated[str, typer.Option(help="expert, play or random.")] = "expert",
     max_steps: Annotated[int | None, typer.Option(help="Steps per episode; by default its limit.")] = None,
     env_setting: Annotated[
         list[str] | None,
@@ -81,9 +81,7 @@ def train(
     data: Annotated[
         Path | None, typer.Argument(help="Store to learn from; without one, a recipe collects its own.")
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="two-room, pusht, reacher or cube: as `lewm recipes` says.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="A name that `lewm recipes` lists.")] = None,
     size: Annotated[
         str | None, typer.Option(help="Of the recipe: paper, the default on CUDA, else small or tiny.")
     ] = None,
@@ -172,6 +170,7 @@ def evaluate(
     seed: _Seed = 0,
     planner: _Planner = None,
     execute: Annotated[int | None, typer.Option(help="Blocks of each plan to execute; all by default.")] = None,
+    shrink: Annotated[bool, typer.Option("--shrink", help="Look ahead as far as the last plan still goes.")] = False,
     env: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A setting of the environment; those of the model's data by default."),
@@ -195,6 +194,7 @@ def evaluate(
             seed=seed,
             planner=_planner(loaded, planner),
             execute=execute,
+            shrink=shrink,
             progress=bar.count,
         )
     typer.echo(str(result))

@@ -56,10 +56,11 @@ def collect(
         episodes: How many the store holds in the end.
         size: Side of the pictures in pixels.
         seed: A whole number of at least 0.
-        policy: "expert" (the environment's own `expert_policy()`), "random" (uniform within the action bounds), or
-            a callable `(states (N, C), goals (N, G), rngs) -> actions (N, A)`. `rngs` is a list of N generators, one
-            for each row: what row i draws from `rngs[i]` is what makes the store reproducible. Actions are clipped
-            to the action bounds and stored so.
+        policy: "expert" or "play" (the environment's own `expert_policy()`, or `play_policy()`, which tries things
+            out), "random" (uniform within the action bounds), or a callable
+            `(states (N, C), goals (N, G), rngs) -> actions (N, A)`. `rngs` is a list of N generators, one for each
+            row: what row i draws from `rngs[i]` is what makes the store reproducible. Actions are clipped to the
+            action bounds and stored so.
         num_envs: Environments that run at once; None chooses up to 32, fewer where pictures are large.
         max_steps: Longest episode, in steps; by default the environment's own limit, or 100 where it has none.
         env_kwargs: Further arguments for the environment, such as `{"goal_rule": "anywhere"}`; plain JSON data.
@@ -217,17 +218,18 @@ def space_of(env_id: str) -> gymnasium.spaces.Box:
 
 def _policy(policy: str | Policy, env: VectorEnv, env_id: str) -> tuple[Policy, str]:
     """The policy as a callable, and its name for the store's metadata."""
-    if policy == "expert":
-        if not hasattr(env, "expert_policy"):
-            raise ValueError(f"policy is 'expert', but {env_id!r} has none; use 'random' or a callable")
-        return env.expert_policy(), "expert"
+    if policy in ("expert", "play"):
+        if not hasattr(env, f"{policy}_policy"):
+            raise ValueError(f"policy is {policy!r}, but {env_id!r} has none; use 'random' or a callable")
+        return getattr(env, f"{policy}_policy")(), policy
     if policy == "random":
         low, high = env.single_action_space.low, env.single_action_space.high
         return lambda states, goals, rngs: np.stack([rng.uniform(low, high) for rng in rngs]), "random"
     if callable(policy):
         kind = policy if hasattr(policy, "__qualname__") else type(policy)
         return policy, f"{kind.__module__}.{kind.__qualname__}"
-    raise ValueError(f"policy is {policy!r}, but must be 'expert', 'random' or a callable (states, goals, rngs)")
+    known = "'expert', 'play', 'random' or a callable (states, goals, rngs)"
+    raise ValueError(f"policy is {policy!r}, but must be {known}")
 
 
 def _resume(path: Path, recipe: dict[str, Any], episodes: int) -> tuple[int, str]:

@@ -47,6 +47,9 @@ class Controller:
         warm_start: Start a search from the rest of the last plan, filled up with mean actions; with `ICEM` also from
             the rests of its best elites. Without effect when whole plans are executed. Where the model has an action
             prior, every search starts from its guess instead, which knows where the last plan really led.
+        shrink: Arrive when the first plan said: each search looks ahead only as far as the plan before it still goes,
+            so that nothing is put off, and the one after the last starts anew with the whole horizon. Without effect
+            when whole plans are executed.
 
     Attributes:
         plan: The last `lewm.Plan`, None before the first.
@@ -65,6 +68,7 @@ class Controller:
         seed: int = 0,
         env_id: Any = 0,
         warm_start: bool = True,
+        shrink: bool = False,
     ) -> None:
         self.model = model
         self.planner = planner_of(model, planner)
@@ -74,8 +78,9 @@ class Controller:
         self.seed = seed
         self.env_id = env_id
         self.warm_start = warm_start
+        self.shrink = shrink
         self._lock = threading.Lock()
-        self._core: dict[np.dtype, Any] = {}  # the planner's memory, one for each float type of latents seen
+        self._core: dict[tuple[np.dtype, int], Any] = {}  # the planner's memory, for each float type and horizon seen
         self.reset(goal)
 
     def reset(self, goal: Any = None) -> None:
@@ -149,20 +154,22 @@ class Controller:
             blocks = blocks[len(blocks) - (len(latents) - 1) :]
         if plan_now:
             z = np.stack(latents, axis=1)
-            core = self._core.get(z.dtype)
+            planner = self._planner()
+            key = z.dtype, planner.horizon
+            core = self._core.get(key)
             if core is None:
-                core = self._core[z.dtype] = core_of(self.planner, z.dtype)
+                core = self._core[key] = core_of(planner, z.dtype)
             found = plan_latents(
                 self.model,
                 z,
                 broadcast_goal(self._goal, environments),
-                self.planner,
+                planner,
                 past_blocks=np.stack(blocks, axis=1) if blocks else None,
                 seed=self.seed,
                 env_ids=self._env_ids(environments),
                 plan_index=self._plans,
-                init=None if self.model.config.action_prior else self._rest(self._mean),
-                kept=self._rest(self._kept),
+                init=None if self.model.config.action_prior else self._rest(self._mean, planner.horizon),
+                kept=self._rest(self._kept, planner.horizon),
                 core=core,
                 deadline_ms=self.deadline_ms,
                 started=started,
@@ -193,9 +200,15 @@ class Controller:
         ids = np.asarray(self.env_id)
         return ids + np.arange(environments) if ids.ndim == 0 and ids.dtype.kind in "iu" else ids
 
-    def _rest(self, blocks: np.ndarray | None) -> np.ndarray | None:
-        """(..., H, A) without the executed blocks, filled up with mean actions."""
+    def _planner(self) -> Planner:
+        """Who makes the next plan: with `shrink` one that looks ahead as far as the last plan still goes."""
+        left = 0 if self._mean is None else self._mean.shape[1] - self.execute
+        return replace(self.planner, horizon=left) if self.shrink and left > 0 else self.planner
+
+    def _rest(self, blocks: np.ndarray | None, horizon: int) -> np.ndarray | None:
+        """(..., H, A) -> (..., horizon, A) without the executed blocks, filled up with mean actions."""
         if blocks is None or not self.warm_start:
             return None
         rest = blocks[..., self.execute :, :]
-        return np.concatenate([rest, np.zeros_like(blocks[..., : self.execute, :])], axis=-2)
+        filling = np.zeros((*rest.shape[:-2], horizon - rest.shape[-2], rest.shape[-1]), rest.dtype)
+        return np.concatenate([rest, filling], axis=-2)

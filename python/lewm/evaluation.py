@@ -119,13 +119,14 @@ class Moved:
 
     Attributes:
         n: Number of such pairs.
-        success_rate, interval, random_floor: Of them alone, as in `Result`.
+        success_rate, interval, random_floor, blind_floor: Of them alone, as in `Result`.
     """
 
     n: int
     success_rate: float
     interval: tuple[float, float]
     random_floor: float
+    blind_floor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Result:
         protocol: All of it.
         planner: All its fields, and as "name" which it is.
         execute: Blocks of each plan that were executed.
+        shrink: Whether each search looked ahead only as far as the plan before it still went.
         seed: Of the planner's noise and of the random actions.
         data: Fingerprint of the data set the pairs are from; None if the protocol made its own episodes.
         model_hash, backend, precision: Of the model.
@@ -179,6 +181,8 @@ class Result:
         random_success: Per pair, of the random policy.
         distance: Per pair, to the goal when it was solved or the budget was spent, in the environment's unit.
         pairs: Per pair, (episode, row of the start).
+        blind_floor: Share solved by who sees the agent alone and takes it straight to its place in the goal; None if
+            the task has no such control (its class's `blind`).
     """
 
     success_rate: float
@@ -205,6 +209,8 @@ class Result:
     random_success: list[bool]
     distance: list[float]
     pairs: list[tuple[int, int]]
+    shrink: bool = False
+    blind_floor: float | None = None
 
     def __post_init__(self) -> None:
         integer("n", self.n, 1)
@@ -260,7 +266,8 @@ class Result:
             f"(95 % interval), {self.solved_at_start} of them at the start",
             f"random actions: {rate(self.random_floor, self.random_interval)}",
             f"one plan ({self.planner['name'].upper()}, {self.planner['samples']} samples x "
-            f"{self.planner['iterations']} iterations, {self.execute} of {self.planner['horizon']} blocks executed, "
+            f"{self.planner['iterations']} iterations, {self.execute} of {self.planner['horizon']} blocks executed"
+            f"{', horizon shrinking' * self.shrink}, "
             f"{self.backend} {self.precision}): {self.plan_ms['p50']:.1f} ms p50, {self.plan_ms['p95']:.1f} ms p95",
         ]
         if (moved := self.moved) is not None:
@@ -269,6 +276,9 @@ class Result:
                 f"pairs in which more than the agent moved: {rate(moved.success_rate, moved.interval)} of {moved.n}, "
                 f"random actions {moved.random_floor:.1%}",
             )
+        if self.blind_floor is not None:
+            among = f", of those pairs {moved.blind_floor:.1%}" if moved and moved.blind_floor is not None else ""
+            lines.append(f"straight to the agent's place in the goal, blind to the rest: {self.blind_floor:.1%}{among}")
         return "\n".join(lines)
 
 
@@ -279,6 +289,7 @@ def evaluate(
     pairs: int | None = None,
     planner: str | Planner | None = None,
     execute: int | None = None,
+    shrink: bool = False,
     seed: int = 0,
     data: Any = None,
     out: str | os.PathLike[str] | None = None,
@@ -301,6 +312,7 @@ def evaluate(
         pairs: Number of pairs, by default the protocol's. The first n pairs are the same whatever the number.
         planner: A name in `PLANNERS` or a planner; by default the one that the model file names, else `CEM()`.
         execute: Blocks of each plan to execute before the next; by default all.
+        shrink: Each search looks ahead only as far as the plan before it still goes, see `lewm.Controller`.
         seed: Of the planner's noise and of the random actions.
         data: Take the pairs from this `lewm.Dataset` (or its path) instead: if the model was trained on it, from the
             episodes that training held out, else from all. Its episodes end where they end, `past_success` or not.
@@ -335,15 +347,16 @@ def evaluate(
     n, size = len(tasks.episodes), tasks.pictures.shape[1]
 
     chance = _random_actions(protocol, n, seed)
-    solved, at_start, distance, random_solved, moved = [], [], [], [], []
+    solved, at_start, distance, random_solved, moved, blind_solved = [], [], [], [], [], []
     for env, some in _batches(protocol, n, batch, size=size, obs_type="state", render_mode="rgb_array"):
         part = tasks.part(some)
         ids = np.arange(some.start, some.stop)
-        act = _planned_actions(model, part.pictures, ids, planner=planner, execute=execute, seed=seed)
+        act = _planned_actions(model, part.pictures, ids, planner=planner, execute=execute, shrink=shrink, seed=seed)
         found = _run(env, protocol, part, act)
-        by_chance, *_ = _run(env, protocol, part, lambda env, active, step, rows=chance[some]: rows[:, step])
+        by_chance, *_ = _run(env, protocol, part, lambda env, info, active, step, rows=chance[some]: rows[:, step])
+        controls = by_chance, _moved(env, part), _blind(env, protocol, part)
         for whole, one in zip(
-            (solved, at_start, distance, random_solved, moved), (*found, by_chance, _moved(env, part)), strict=True
+            (solved, at_start, distance, random_solved, moved, blind_solved), (*found, *controls), strict=True
         ):
             whole.extend(one.tolist())
         if progress is not None:
@@ -358,18 +371,20 @@ def evaluate(
         random_interval=floor_interval,
         n=n,
         solved_at_start=sum(at_start),
-        moved=_among(moved, solved, random_solved),
+        moved=_among(moved, solved, random_solved, blind_solved),
         plan_ms=_latency(protocol, tasks.part(slice(_TIMED_PLANS)), model, planner, seed),
         protocol=protocol,
         planner=described(planner),
         execute=execute,
+        shrink=shrink,
+        blind_floor=_rate(blind_solved)[0] if blind_solved else None,
         seed=seed,
         data=tasks.fingerprint,
         model_hash=model.hash(),
         backend=model.backend,
         precision=model.precision,
         training=_training(model),
-        command=command_of(protocol, n, asked, execute, seed, data is not None),
+        command=command_of(protocol, n, asked, execute, seed, data is not None, shrink),
         versions=_versions(),
         seconds=time.perf_counter() - started,
         success=solved,
@@ -566,8 +581,8 @@ def _as_learnt(protocol: Protocol, model: Any) -> Protocol:
         )
     if not isinstance(settings, dict):
         return protocol
-    # How goals are drawn is the protocol's own affair, whose pairs are the same for every model.
-    kept = {name: value for name, value in settings.items() if name != "goal_rule"}
+    # How starts and goals are drawn is the protocol's own affair, whose pairs are the same for every model.
+    kept = {name: value for name, value in settings.items() if name not in ("start_rule", "goal_rule")}
     return replace(protocol, env_kwargs={**kept, **protocol.env_kwargs})
 
 
@@ -583,7 +598,7 @@ def _check_actions(protocol: Protocol, model: Any) -> None:
 def _run(env: Any, protocol: Protocol, tasks: Tasks, act: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Who was solved, who was at the start, and the last distance, all (n,).
 
-    `act(env, active, step)` gives actions (n, A_raw); those of pairs no longer active do not count.
+    `act(env, info, active, step)` gives actions (n, A_raw); those of pairs no longer active do not count.
     """
     _, info = env.reset(options={"state": tasks.states, "goal": tasks.goals})
     at_start, solved, distance = info["success"].copy(), info["success"].copy(), info["distance"].copy()
@@ -591,28 +606,29 @@ def _run(env: Any, protocol: Protocol, tasks: Tasks, act: Callable) -> tuple[np.
         active = ~solved
         if not active.any():
             break
-        _, _, terminated, _, info = env.step(act(env, active, step))
+        _, _, terminated, _, info = env.step(act(env, info, active, step))
         distance[active] = info["distance"][active]
         solved |= terminated
     return solved, at_start, distance
 
 
 def _planned_actions(
-    model: Any, goals: np.ndarray, env_ids: np.ndarray, *, execute: int, **settings: Any
-) -> Callable[[Any, np.ndarray, int], np.ndarray]:
+    model: Any, goals: np.ndarray, env_ids: np.ndarray, *, execute: int, shrink: bool, **settings: Any
+) -> Callable[[Any, dict[str, Any], np.ndarray, int], np.ndarray]:
     """Actions of a controller that drops the pairs that are solved."""
     controller, kept, frames = None, None, None
     # A controller looks at the pictures between blocks, if it has a history, else at those that it plans from. To
     # draw is most of the work in some environments, so no others are drawn.
     block = model.config.action_block
-    look = block if model.config.history > 1 else block * execute
+    look = block if shrink or model.config.history > 1 else block * execute
 
-    def act(env: Any, active: np.ndarray, step: int) -> np.ndarray:
+    def act(env: Any, info: dict[str, Any], active: np.ndarray, step: int) -> np.ndarray:
         nonlocal controller, kept, frames
         if step % look == 0:
             frames = np.stack(env.render())
         if controller is None:
-            controller = Controller(model, goals[active], env_id=env_ids[active], execute=execute, **settings)
+            how = {"execute": execute, "shrink": shrink, **settings}
+            controller = Controller(model, goals[active], env_id=env_ids[active], **how)
         elif not active[kept].all():
             controller.keep(active[kept])
         kept = active
@@ -625,17 +641,31 @@ def _planned_actions(
 
 def _moved(env: Any, tasks: Tasks) -> np.ndarray:
     """(n,) in which pairs more than the agent moved; (0,) if the task cannot tell."""
-    moved = getattr(getattr(env.unwrapped, "task_type", None), "moved", None)
+    moved = _of_task(env, "moved")
     return np.zeros(0, dtype=bool) if moved is None else np.asarray(moved(tasks.states, tasks.goals), dtype=bool)
 
 
-def _among(moved: list[bool], solved: list[bool], random_solved: list[bool]) -> Moved | None:
+def _blind(env: Any, protocol: Protocol, tasks: Tasks) -> np.ndarray:
+    """(n,) which pairs the task's blind control solves; (0,) if it has none."""
+    blind = _of_task(env, "blind")
+    if blind is None:
+        return np.zeros(0, dtype=bool)
+    act = lambda env, info, active, step: blind(info["state"], info["goal_state"])  # noqa: E731
+    return _run(env, protocol, tasks, act)[0]
+
+
+def _of_task(env: Any, name: str) -> Callable | None:
+    return getattr(getattr(env.unwrapped, "task_type", None), name, None)
+
+
+def _among(moved: list[bool], solved: list[bool], random_solved: list[bool], blind: list[bool]) -> Moved | None:
     if not any(moved):
         return None
-    (rate, interval), (floor, _) = (
-        _rate([s for s, m in zip(all_pairs, moved, strict=True) if m]) for all_pairs in (solved, random_solved)
+    (rate, interval), (floor, _), (blind_floor, _) = (
+        _rate([s for s, m in zip(all_pairs, moved, strict=True) if m])
+        for all_pairs in (solved, random_solved, blind or solved)
     )
-    return Moved(sum(moved), rate, interval, floor)
+    return Moved(sum(moved), rate, interval, floor, blind_floor if blind else None)
 
 
 def _random_actions(protocol: Protocol, n: int, seed: int) -> np.ndarray:
@@ -686,11 +716,13 @@ def _training(model: Any) -> Training | None:
         return None
 
 
-def command_of(protocol: Protocol, n: int, planner: Planner, execute: int, seed: int, data: bool) -> str:
+def command_of(
+    protocol: Protocol, n: int, planner: Planner, execute: int, seed: int, data: bool, shrink: bool = False
+) -> str:
     """The command, or for a protocol that it cannot name the call, that measures the same."""
     known = PROTOCOLS.get(protocol.name)
     if known is None or replace(known, pairs=protocol.pairs, env_kwargs=protocol.env_kwargs) != protocol:
-        store = ", data=STORE" if data else ""
+        store = (", shrink=True" if shrink else "") + (", data=STORE" if data else "")
         return f"lewm.evaluate(MODEL, {protocol}, pairs={n}, planner={planner}, execute={execute}, seed={seed}{store})"
     changes = {
         name: {k: v for k, v in asdict(planner).items() if v != getattr(known, k)}
@@ -702,7 +734,8 @@ def command_of(protocol: Protocol, n: int, planner: Planner, execute: int, seed:
     words += [w for k, v in protocol.env_kwargs.items() for w in ("--env", f"{k}={json.dumps(v)}")]
     words += ["--planner", nearest]
     words += [w for k, v in changes[nearest].items() for w in ("--planner", f"{k}={json.dumps(v)}")]
-    words += ["--execute", str(execute), "--seed", str(seed), *(("--data", "STORE") if data else ())]
+    words += ["--execute", str(execute), *(("--shrink",) if shrink else ())]
+    words += ["--seed", str(seed), *(("--data", "STORE") if data else ())]
     return shlex.join(words)
 
 
@@ -725,8 +758,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         return {key: _typed(f"{name}[{key!r}]", each, of[1]) for key, each in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         kinds = typing.get_type_hints(kind)
-        # What may be None may be missing: older releases did not write it.
-        value = {f.name: None for f in dataclasses.fields(kind) if f.default is None} | value
+        # What has a default may be missing: older releases did not write it.
+        value = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING} | value
         if value.keys() != kinds.keys():
             raise ValueError(f"{name} must have the fields {', '.join(kinds)}, got {', '.join(value)}")
         return kind(**{key: _typed(key, each, kinds[key]) for key, each in value.items()})

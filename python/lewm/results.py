@@ -129,9 +129,9 @@ Made by `lewm results results --out RESULTS.md` from the files that `lewm evalua
 
 Task: a protocol; its pairs of start and goal are from fresh episodes, which no training can have seen, unless it says
 "pairs from" a data set. Method: preset, loss terms, what plans are scored by, heads, other settings. Random: uniform
-actions on the same pairs, and how many pairs count as solved at the start. Moved: the pairs in which more than the
-agent moved, where the task can tell; a model that sees the agent alone solves few of them. Plan: median time of a plan
-for one environment. `lewm compare` gives the paired difference of two results.
+actions on the same pairs; blind: who sees the agent alone and takes it straight to its place in the goal; and how many
+pairs count as solved at the start. Moved: the pairs in which more than the agent moved, where the task can tell. Plan:
+median time of a plan for one environment. `lewm compare` gives the paired difference of two results.
 """
 _SUMMARY_HEAD = """
 ## Over training seeds
@@ -185,7 +185,7 @@ def _group(result: Result) -> tuple[Any, ...]:
     training = result.training
     return (
         str(replace(result.protocol, pairs=result.n)),
-        *(str(result.pairs), result.data, str(result.planner), result.execute, result.seed),
+        *(str(result.pairs), result.data, str(result.planner), result.execute, result.shrink, result.seed),
         *(result.backend, result.precision, _method(result)),
         (training.episodes, training.policy) if training else result.model_hash,  # no unknown method is like another
     )
@@ -260,12 +260,14 @@ def _solved(rates: list[float], n: int) -> str:
 
 
 def _random(result: Result) -> str:
-    return f"{result.random_floor:.1%}; {result.solved_at_start} at the start"
+    blind = "" if result.blind_floor is None else f"; blind {result.blind_floor:.1%}"
+    return f"{result.random_floor:.1%}{blind}; {result.solved_at_start} at the start"
 
 
 def _moved(rates: list[float], moved: Moved) -> str:
     solved = _solved(rates, moved.n).replace("**", "")
-    return f"{solved} of {moved.n}; random {moved.random_floor:.1%}"
+    blind = "" if moved.blind_floor is None else f", blind {moved.blind_floor:.1%}"
+    return f"{solved} of {moved.n}; random {moved.random_floor:.1%}{blind}"
 
 
 def _training(trained: list[Training]) -> str:
@@ -280,7 +282,7 @@ def _training(trained: list[Training]) -> str:
 def _plan(results: list[Result]) -> str:
     first, planner = results[0], results[0].planner
     search = f"{planner['name'].upper()} {planner['samples']} x {planner['iterations']}"
-    blocks = f"{first.execute} of {planner['horizon']} blocks executed"
+    blocks = f"{first.execute} of {planner['horizon']} blocks executed{', horizon shrinking' * first.shrink}"
     machine = " ".join(filter(None, [first.backend, first.precision, first.versions.get("cpu", "")]))
     return f"{_span('{:.3g}', [result.plan_ms['p50'] for result in results])} ms: {search}, {blocks}; {machine}"
 

@@ -43,21 +43,31 @@ class PushT(Task):
     An action is where the pusher is drawn to, relative to where it is, in multiples of 100 units; a PD controller moves
     it there for 0.1 s. The pusher goes through walls, the block does not. Success: agent and block, 4 numbers, are less
     than 20 units from the goal's, and the block's angle less than 20 degrees.
+
+    Args:
+        start_rule: Where a reset puts the block: "anywhere", or on the "mark", the T that is painted on the floor, as
+            people do who collect data with a real one.
     """
 
     name, unit, state_dim, seconds = "lewm/PushT-v0", "units", 7, 0.1
     action_low, action_high = np.full(2, -1.0, np.float32), np.full(2, 1.0, np.float32)
 
-    def __init__(self) -> None:
+    def __init__(self, start_rule: str = "anywhere") -> None:
+        if start_rule not in ("anywhere", "mark"):
+            raise ValueError(f"start_rule must be 'anywhere' or 'mark', got {start_rule!r}")
+        self.start_rule = start_rule
         self._pymunk = package("pymunk", self.name)
         package("cv2", self.name)
 
     def draw_state(self, rng: np.random.Generator) -> np.ndarray:
+        state = self.draw_goal(rng, None)
+        if self.start_rule == "mark":
+            state[2:5] = _GOAL_POSE
+        return state
+
+    def draw_goal(self, rng: np.random.Generator, state: np.ndarray | None) -> np.ndarray:
         agent, block = rng.uniform(50, 450, 2), rng.uniform(100, 400, 2)
         return np.array([*agent, *block, rng.uniform(0, 2 * math.pi), 0.0, 0.0])
-
-    def draw_goal(self, rng: np.random.Generator, state: np.ndarray) -> np.ndarray:
-        return self.draw_state(rng)
 
     def check_state(self, state: np.ndarray) -> str | None:
         if (np.abs(state[:4] - EXTENT / 2) > EXTENT).any():
@@ -128,6 +138,11 @@ class PushT(Task):
         """(N,) whether the block of a goal is elsewhere: by more than 10 units or 0.2 radians."""
         far = np.linalg.norm(states[:, 2:4] - goals[:, 2:4], axis=1) > 10
         return far | (turned(states[:, 4], goals[:, 4]) > 0.2)
+
+    @classmethod
+    def blind(cls, states: np.ndarray, goals: np.ndarray) -> np.ndarray:
+        """(N, 2) actions of who does not see the block: straight to where the goal has the pusher."""
+        return np.clip((goals[:, :2] - states[:, :2]) / REACH, -1, 1).astype(np.float32)
 
 
 def turned(a: Any, b: Any) -> Any:
@@ -239,6 +254,10 @@ class PushTVectorEnv(TaskVectorEnv):
         """The behaviour policy that `lewm.collect(..., policy="expert")` uses."""
         return Pusher()
 
+    def play_policy(self) -> Pusher:
+        """The behaviour policy that `lewm.collect(..., policy="play")` uses: it walks about as much as it pushes."""
+        return Pusher(wander=0.6)
+
 
 class Pusher:
     """Pushes the block gently towards the goal's pose, then towards others: goes round it, touches, pushes, lets go.
@@ -248,10 +267,12 @@ class Pusher:
 
     Args:
         noise: Standard deviation of what is added to each action.
+        wander: Chance that, instead of the next push, it walks across the floor for a while, also into the block. What
+            only pushes is always near the block, and where the block is says nearly everything about the picture.
     """
 
-    def __init__(self, noise: float = 0.05) -> None:
-        self.noise = noise
+    def __init__(self, noise: float = 0.05, wander: float = 0.0) -> None:
+        self.noise, self.wander = noise, wander
         self.begin(0)
 
     def begin(self, n: int) -> None:
@@ -261,6 +282,7 @@ class Pusher:
         self._pushing = np.zeros(n, bool)
         self._left = np.zeros(n, int)  # steps until another push is chosen
         self._depth = np.zeros(n)
+        self._walk, self._speed = np.full((n, 2), np.nan), np.zeros(n)  # where to, if anywhere
 
     def __call__(self, states: np.ndarray, goals: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
         """(N, 2) float32 actions for states and goals (N, 7), with the chance of N generators."""
@@ -283,10 +305,21 @@ class Pusher:
             _way_round(agent, stand, centre),
         )
         action = np.clip((aim - agent) / REACH, -0.3, 0.3)
+        for i in np.flatnonzero(~np.isnan(self._walk[:, 0])).tolist():
+            if np.linalg.norm(self._walk[i] - agent[i]) < 30:
+                self._walk[i] = rngs[i].uniform(40, 470, 2)
+            way = (self._walk[i] - agent[i]) / REACH
+            action[i] = way * min(1.0, self._speed[i] / float(np.linalg.norm(way)))
         return (action + self.noise * np.stack([rng.standard_normal(2) for rng in rngs])).astype(np.float32)
 
     def _choose(self, i: int, state: np.ndarray, rng: np.random.Generator) -> None:
-        """A new push for environment i, and now and then a new target."""
+        """A new push for environment i, and now and then a new target; or a walk."""
+        self._walk[i] = np.nan
+        self._pushing[i] = False
+        if self.wander and rng.random() < self.wander:
+            self._walk[i], self._speed[i] = rng.uniform(40, 470, 2), rng.uniform(0.2, 0.5)
+            self._left[i] = rng.integers(12, 40)
+            return
         off, turn = self._target[i, :2] - state[2:4], _signed(self._target[i, 2] - state[4])
         if (np.linalg.norm(off) < 15 and abs(turn) < 0.3) or rng.random() < 0.05:
             self._target[i] = [*rng.uniform(110, 400, 2), rng.uniform(0, 2 * math.pi)]
@@ -297,7 +330,6 @@ class Pusher:
         torque = arm[:, 0] * push[:, 1] - arm[:, 1] * push[:, 0]
         best = np.argmax(push @ off / 40 + 1.5 * turn * torque / 40 + rng.gumbel(size=12))
         self._touch[i], self._normal[i] = places[best], _NORMALS[edge[best]]
-        self._pushing[i] = False
         self._left[i] = rng.integers(12, 30)
         self._depth[i] = rng.uniform(6, 18)
 
