@@ -123,6 +123,7 @@ def test_the_list_says_what_came_of_them():
     expected = Expected((0.5, 0.75), 60.4, "a laptop", ("0.json", "1.json"))
     assert str(expected) == "50.0% to 75.0% solved (2 training seeds), up to 60 s of training on a laptop"
     assert str(replace(expected, solved=(0.5, 0.5), results=("0.json",))).startswith("50.0% solved (1 training seed),")
+    assert ', start_rule="mark", 200 steps\n' in str(RECIPES["pusht-terms"]["small"])
     light = Recipe("x", "small", "lewm/Cube-v0", 2, (), env_kwargs={"look": "light"})
     assert '2 episodes of lewm/Cube-v0, 64 px, policy expert, look="light"' in str(light)
 
