@@ -198,7 +198,7 @@ def test_play_begins_on_the_mark_and_walks_about(episodes, tmp_path):
     pushing = [np.linalg.norm(e.columns["state"][:, :2] - e.columns["state"][:, 2:4], axis=1).mean() for e in episodes]
     assert np.mean(apart) > 1.15 * np.mean(pushing)
     assert PushT.moved(states[:, 0], states[:, -1]).mean() > 0.8  # the block is pushed all the same
-    with pytest.raises(ValueError, match="start_rule must be 'anywhere' or 'mark', got 'here'"):
+    with pytest.raises(ValueError, match="start_rule must be one of anywhere, mark, got 'here'"):
         PushT("here")
     with pytest.raises(ValueError, match="policy is 'play', but 'lewm/TwoRoom-v0' has none"):
         lewm.collect("lewm/TwoRoom-v0", tmp_path / "rooms.lewm", episodes=1, policy="play")

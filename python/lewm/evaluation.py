@@ -650,8 +650,8 @@ def _blind(env: Any, protocol: Protocol, tasks: Tasks) -> np.ndarray:
     blind = _of_task(env, "blind")
     if blind is None:
         return np.zeros(0, dtype=bool)
-    act = lambda env, info, active, step: blind(info["state"], info["goal_state"])  # noqa: E731
-    return _run(env, protocol, tasks, act)[0]
+    solved, *_ = _run(env, protocol, tasks, lambda env, info, *_: blind(info["state"], info["goal_state"]))
+    return solved
 
 
 def _of_task(env: Any, name: str) -> Callable | None:

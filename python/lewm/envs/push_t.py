@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lewm.envs.task import Task, TaskEnv, package
+from lewm.envs.task import Task, TaskEnv, choice, package
 from lewm.envs.vector import TaskVectorEnv
 
 EXTENT = 512.0  # side of the square, in units
@@ -53,9 +53,7 @@ class PushT(Task):
     action_low, action_high = np.full(2, -1.0, np.float32), np.full(2, 1.0, np.float32)
 
     def __init__(self, start_rule: str = "anywhere") -> None:
-        if start_rule not in ("anywhere", "mark"):
-            raise ValueError(f"start_rule must be 'anywhere' or 'mark', got {start_rule!r}")
-        self.start_rule = start_rule
+        self.start_rule = choice("start_rule", start_rule, ("anywhere", "mark"))
         self._pymunk = package("pymunk", self.name)
         package("cv2", self.name)
 
