@@ -197,7 +197,7 @@ _LIGHT = {"look": "light"}
 # Where the block begins anywhere, it tells episodes apart while it lies still, and a small model never sees the pusher
 # (benches/README.md).
 _PLAY: dict[str, Any] = {"policy": "play", "env_kwargs": {"start_rule": "mark"}}
-_PUSHES = (Trial("pusht-25-50-strict", replace(PLANNERS["icem"], samples=300), execute=1, shrink=True, pairs=400),)
+_PUSHES = Trial("pusht-25-50-strict", replace(PLANNERS["icem"], samples=300), execute=1, shrink=True, pairs=400)
 
 # By task; the size for a GPU first, then the one for a CPU. At paper size there are as many episodes as the paper has;
 # its PushT data are others' (DINO-WM), its reacher's by a policy that was trained (SAC).
@@ -231,7 +231,20 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
     "pusht": {
         "paper": _paper("pusht", "lewm/PushT-v0", 20_000, "pusht-25-50", **_PLAY),
-        "small": Recipe("pusht", "small", "lewm/PushT-v0", 4_000, _PUSHES, overrides={"steps": 6000}, **_PLAY),
+        "small": Recipe(
+            "pusht",
+            "small",
+            "lewm/PushT-v0",
+            4_000,
+            (
+                replace(
+                    _PUSHES,
+                    expected=Expected((0.5475, 0.575), 862.4, _ON_A_CPU, _seeds("pusht-25-50-strict-small")),
+                ),
+            ),
+            overrides={"steps": 5600},
+            **_PLAY,
+        ),
     },
     # With what the paper does without: a third loss term, and the prior that searches start from.
     "pusht-terms": {
@@ -240,7 +253,12 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             "small",
             "lewm/PushT-v0",
             3_000,
-            _PUSHES,
+            (
+                replace(
+                    _PUSHES,
+                    expected=Expected((0.595, 0.625), 832.8, _ON_A_CPU, _seeds("pusht-25-50-strict-small-terms")),
+                ),
+            ),
             overrides={"inverse_dynamics": 0.3, "sigreg_weight": 0.09, "action_prior": True},
             # The longer the episodes, the farther does the block come: two terms alone then find the pusher too late.
             max_steps=200,
