@@ -241,7 +241,7 @@ def test_what_is_no_model_file_is_refused(model, tmp_path):
         lewm.load(path)
     assert not (tmp_path / "ran").exists()
     save_file({"a": np.zeros(2, np.float32)}, path)
-    with pytest.raises(ValueError, match="carries no lewm description"):
+    with pytest.raises(ValueError, match="is no checkpoint of a LeWorldModel"):
         lewm.load(path)
     for header in (
         {},

@@ -12,11 +12,15 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
+import numpy as np
+import torch
 from typer.testing import CliRunner
 
 from lewm import cli, evaluation
-from lewm.config import PRESETS
+from lewm.config import PRESETS, configure
+from lewm.model_file import released_names, tensor_shapes
 from lewm.recipes import RECIPES
+from local_hub import LocalHub
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,11 +44,29 @@ def short(monkeypatch, tmp_path):
         monkeypatch.setitem(evaluation.PROTOCOLS, name, dataclasses.replace(protocol, pairs=4))
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Stands in for the Hugging Face Hub, with a small model of random weights under the official name."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    config, _ = configure("tiny", 2, {"encoder_heads": 1, "predictor_heads": 2, "predictor_head_dim": 64})
+    rng = np.random.default_rng(0)
+    weights = {name: rng.uniform(0.1, 0.3, shape).astype(np.float32) for name, shape in tensor_shapes(config).items()}
+    state = {name: torch.from_numpy(np.array(value)) for name, value in released_names(weights).items()}
+    counts = {name: torch.tensor(1) for name in state if name.endswith("num_batches_tracked")}
+    torch.save({**state, **counts}, tmp_path / "weights.pt")
+    hub = LocalHub({"quentinll/lewm-pusht": {"main": {"weights.pt": (tmp_path / "weights.pt").read_bytes()}}})
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield hub
+    hub.close()
+
+
 def test_there_are_blocks_of_two_languages_only():
     assert {language for language, _ in BLOCKS} == {"python", "sh"}
     assert README.count("```") == 2 * len(BLOCKS)
 
 
+@pytest.mark.usefixtures("hub")
 def test_python_blocks(capsys):
     scope = {}
     for language, code in BLOCKS:
@@ -56,6 +78,8 @@ def test_python_blocks(capsys):
     assert "torch.Size([4, 4, 64, 64, 3]) torch.Size([4, 3, 10])" in printed
     assert abs(scope["plan"].actions).max() <= 1
     assert scope["plan"].action.shape == (2,)
+    assert scope["official"].bounds()[0].shape == (10,)
+    assert sorted(path.name for path in Path("for-them").iterdir()) == ["config.json", "weights.pt"]
 
 
 def test_shell_blocks():

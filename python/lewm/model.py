@@ -8,14 +8,15 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lewm import pixels
+from lewm import checkpoints, pixels
 from lewm.config import PRESETS, ModelConfig, configure
-from lewm.model_file import STATS, checked_stats, current_names, read_model, write_model
+from lewm.model_file import STATS, checked_stats, current_names, write_model
 
 
 class Model:
@@ -55,7 +56,7 @@ class Model:
         weights: dict[str, Any],
         *,
         preset: str = "paper",
-        stats: dict[str, Any] | None = None,
+        stats: Any = None,
         backend: str = "auto",
         precision: str = "auto",
         device: str | None = None,
@@ -66,7 +67,8 @@ class Model:
         Args:
             weights: State dict under the official key names (transformers 4 or 5), arrays or tensors.
             preset: The architecture; the action width is read off the weights.
-            stats: A dict of mean, std, low and high per raw action dimension, raw units; needed to plan.
+            stats: Needed to plan: a dict of mean, std, low and high per raw action dimension in raw units, a
+                `lewm.Dataset`, or the path of a store.
             backend, precision, device: See `lewm.load`.
             **overrides: Fields of `ModelConfig` that differ from the preset.
 
@@ -82,7 +84,9 @@ class Model:
         block = overrides.get("action_block", configure(preset, 1, {})[0].action_block)
         config, _ = configure(preset, max(1, weights[key].shape[1] // block), overrides)
         meta = {"preset": preset, "planner": PRESETS[preset].planner}
-        return cls(config, weights, stats=stats, meta=meta, backend=backend, precision=precision, device=device)
+        return cls(
+            config, weights, stats=_statistics(stats), meta=meta, backend=backend, precision=precision, device=device
+        )
 
     @property
     def backend(self) -> str:
@@ -223,8 +227,9 @@ class Model:
         """`stats`, or an error that says how to give them."""
         if self.stats is None:
             raise ValueError(
-                "model has no action statistics, so its actions have no units: give stats=dict(mean=..., std=..., "
-                f"low=..., high=...), each of length {self.config.action_dim} in raw units, when loading it"
+                "model has no action statistics, so its actions have no units (official checkpoints carry none): give "
+                "stats=dict(mean=..., std=..., low=..., high=...), each of length "
+                f"{self.config.action_dim} in raw units, or the data it learnt from, when loading it"
             )
         return self.stats
 
@@ -245,6 +250,24 @@ class Model:
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {os.fspath(path)!r}")
         write_model(path, self._engine.weights(), self.config, self.stats, self.meta)
+
+    def export(self, form: str, path: str | os.PathLike[str], *, transformers: int = 5) -> None:
+        """Writes this model for other programs.
+
+        Args:
+            form: "official": a folder of `weights.pt` and `config.json`, for stable-worldmodel's `load_pretrained` and
+                for le-wm. Action statistics are not in it: that code takes them from the data again.
+            path: Where.
+            transformers: For "official": 4 or 5, the major release of transformers that is to load it, which named the
+                tensors of the ViT anew.
+
+        Raises:
+            ValueError: There is no such form, or it cannot hold this model.
+            ModuleNotFoundError: What writes it is not installed.
+        """
+        if form != "official":
+            raise ValueError(f'form must be "official", got {form!r}')
+        checkpoints.write(path, self._engine.weights(), self.config, transformers)
 
     def describe(self) -> str:
         """Units, bounds and origin in a few lines, to be read by a person."""
@@ -357,16 +380,22 @@ def _gpu() -> bool:
 def load(
     src: str | os.PathLike[str],
     *,
-    stats: dict[str, Any] | None = None,
+    stats: Any = None,
+    revision: str | None = None,
     backend: str = "auto",
     precision: str = "auto",
     device: str | None = None,
 ) -> Model:
-    """Reads a model file; nothing else is needed to plan, and nothing in it is executed.
+    """Reads a model; nothing in it is executed.
 
     Args:
-        src: A `.safetensors` file that lewm wrote, or a run folder that holds `model.safetensors`.
-        stats: Action statistics (see `Model`) to use instead of the file's.
+        src: A `.safetensors` file that lewm wrote, which holds all that planning needs; an official checkpoint
+            (`weights.pt`, `*_weight.ckpt`; needs torch), which lacks action statistics; a folder with one of them, a
+            run's for example; or a repository of the Hugging Face Hub, "owner/name", which is downloaded once, checked,
+            and then taken from huggingface_hub's cache (needs the extra `data`).
+        stats: Action statistics to use instead of the file's: a dict (see `Model`), a `lewm.Dataset`, or the path of a
+            store. Official checkpoints need them to plan.
+        revision: Branch, tag or commit of the repository.
         backend: "cpu" (the Rust engine), "cuda" (Triton kernels on a GPU), "torch" (PyTorch, the reference), or "auto":
             cuda where torch sees a GPU that passes the check of `lewm.cuda_backend.self_check`, torch where it does
             not or where another device or float64 is asked for, else the CPU.
@@ -376,11 +405,13 @@ def load(
         device: A torch device, for "cuda" and "torch"; CUDA where there is one, else the CPU, when not given.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not a model file.
+        FileNotFoundError: There is no such file, folder or repository.
+        ConnectionError: The Hub cannot be reached, and its cache lacks the repository.
+        ValueError: It is not a model, or a damaged one.
     """
-    path = Path(src)
-    weights, config, file_stats, meta = read_model(path / "model.safetensors" if path.is_dir() else path)
+    stats = _statistics(stats)
+    action_dim = None if stats is None else len(np.atleast_1d(stats.get("mean", ())))
+    weights, config, file_stats, meta = checkpoints.read(checkpoints.located(src, revision), action_dim or None)
     return Model(
         config,
         weights,
@@ -390,6 +421,21 @@ def load(
         precision=precision,
         device=device,
     )
+
+
+def _statistics(stats: Any) -> Any:
+    """What `stats=` stands for: a dict as it is, those of a data set or of a store at a path."""
+    if stats is None or isinstance(stats, Mapping):
+        return stats
+    from lewm.data import Dataset
+
+    if isinstance(stats, str | os.PathLike):
+        stats = Dataset(stats)
+    if not isinstance(stats, Dataset):
+        raise ValueError(
+            f"stats must be a dict of {', '.join(STATS)}, a lewm.Dataset or the path of a store, got {stats!r}"
+        )
+    return stats.action_statistics()
 
 
 _current: Model | None = None

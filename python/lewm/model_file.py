@@ -49,12 +49,32 @@ _V4_TO_V5 = (
     (r"^(encoder\.layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 )
 
+_V5_TO_V4 = (
+    (r"^(encoder\.layers\.\d+)\.attention\.q_proj\.", r"\1.attention.attention.query."),
+    (r"^(encoder\.layers\.\d+)\.attention\.k_proj\.", r"\1.attention.attention.key."),
+    (r"^(encoder\.layers\.\d+)\.attention\.v_proj\.", r"\1.attention.attention.value."),
+    (r"^(encoder\.layers\.\d+)\.attention\.o_proj\.", r"\1.attention.output.dense."),
+    (r"^(encoder\.layers\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+    (r"^(encoder\.layers\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
+    (r"^encoder\.layers\.", "encoder.encoder.layer."),
+)
+
 
 def current_names(weights: dict[str, Any]) -> dict[str, Any]:
     """`weights` under the names of this package, whichever transformers release named them."""
     renamed = {}
     for name, value in weights.items():
         for pattern, replacement in _V4_TO_V5:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
+
+
+def released_names(weights: dict[str, Any]) -> dict[str, Any]:
+    """`weights` under the names that transformers 4 has, as the released checkpoints do; undoes `current_names`."""
+    renamed = {}
+    for name, value in weights.items():
+        for pattern, replacement in _V5_TO_V4:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
     return renamed
@@ -219,11 +239,26 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, np.ndarray], 
 
 
 def read_tensors(path: str | os.PathLike[str], what: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors and `lewm` header of a safetensors file.
+    """Tensors and `lewm` header of a safetensors file that lewm wrote.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is not a safetensors file, or has no `lewm` header; `what` says what was wanted.
+    """
+    tensors, description = read_safetensors(path, what)
+    if description is None:
+        raise ValueError(
+            f"{what}: {path} is a safetensors file but carries no lewm description; want one that lewm wrote"
+        )
+    return tensors, description
+
+
+def read_safetensors(path: str | os.PathLike[str], what: str) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """Tensors of any safetensors file, and its `lewm` header, None if it has none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a safetensors file; `what` says what was wanted.
     """
     path = Path(path)
     if not path.is_file():
@@ -238,11 +273,7 @@ def read_tensors(path: str | os.PathLike[str], what: str) -> tuple[dict[str, np.
         description = json.loads(header or "null")
     except (ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{what}: {path} is not a safetensors file of lewm ({brief(error)})") from None
-    if not isinstance(description, dict):
-        raise ValueError(
-            f"{what}: {path} is a safetensors file but carries no lewm description; want one that lewm wrote"
-        )
-    return tensors, description
+    return tensors, description if isinstance(description, dict) else None
 
 
 def _array(name: str, dtype: str, shape: list[int], data: np.ndarray) -> np.ndarray:
@@ -284,16 +315,15 @@ def write_model(
     write_tensors(path, weights, header)
 
 
-def read_model(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, np.ndarray], ModelConfig, dict[str, np.ndarray] | None, dict[str, Any]]:
-    """Weights, configuration, action statistics and the rest of the header of a model file.
+Read = tuple[dict[str, np.ndarray], ModelConfig, dict[str, np.ndarray] | None, dict[str, Any]]
+
+
+def described_model(path: Path, weights: dict[str, np.ndarray], header: dict[str, Any]) -> Read:
+    """Weights, configuration, action statistics and the rest of the header of the model file that has these.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: It is not a model file of this package, or of a newer format.
     """
-    weights, header = read_tensors(path, "model file")
     try:
         config = _checked(weights, header)
         stats = header.get("stats")
@@ -313,6 +343,16 @@ def _checked(weights: dict[str, np.ndarray], header: dict[str, Any]) -> ModelCon
             raise ValueError(f"its {name} must be a {kind.__name__}, got {header.get(name)!r}")
     config = ModelConfig(**header["architecture"])
     check_weights(config, weights)
+    check_values(weights)
+    return config
+
+
+def check_values(weights: dict[str, np.ndarray]) -> None:
+    """Checks that these numbers are a model's: finite in float32, counts whole, variances not negative.
+
+    Raises:
+        ValueError: One is not; the text names it.
+    """
     for name, value in weights.items():
         if value.dtype.kind != ("i" if name.endswith(".num_batches_tracked") else "f"):
             raise ValueError(f"{name} is of type {value.dtype}")
@@ -322,4 +362,3 @@ def _checked(weights: dict[str, np.ndarray], header: dict[str, Any]) -> ModelCon
             raise ValueError(f"{name} holds values that are not finite in float32")
         if name.endswith(".running_var") and (value < 0).any():
             raise ValueError(f"{name} holds variances below zero")
-    return config
