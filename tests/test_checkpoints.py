@@ -93,7 +93,9 @@ def test_a_folder_a_file_and_the_forms_that_frameworks_save_are_the_same_model(o
     lightning = {"state_dict": {f"model.{k}": v for k, v in state.items()} | {"sigreg.t": torch.zeros(3)}, "epoch": 4}
     torch.save(lightning, tmp_path / "epoch.ckpt")
     torch.save({k: v.double() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "double.pth")
-    others = [official / "weights.pt", tmp_path, tmp_path / "epoch.ckpt", tmp_path / "double.pth"]
+    kept = {k: torch.nn.Parameter(v.T.contiguous().T) if v.ndim == 2 else v for k, v in state.items()}
+    torch.save(kept, tmp_path / "kept.pt")  # as state_dict(keep_vars=True) has them, in another order of memory
+    others = [official / "weights.pt", tmp_path, *(tmp_path / name for name in ("epoch.ckpt", "double.pth", "kept.pt"))]
     assert {lewm.load(path, stats=STATS).hash() for path in others} == {model.hash()}
     assert model.config == small(dropout=0.1, init="official", head_hidden=256)[0]
     assert "preset" not in model.meta
@@ -213,6 +215,9 @@ def test_keys_and_shapes_that_do_not_fit_are_listed(official):
         ({last: torch.zeros(2)}, "lacks predictor.pos_embedding with 3 axes"),
         ({"encoder.layernorm.bias": torch.full((64,), torch.nan)}, "encoder.layernorm.bias holds values that are not"),
         ({"encoder.layernorm.bias": torch.zeros(64).to_sparse()}, "encoder.layernorm.bias in .* is no plain tensor"),
+        ({"encoder.layernorm.bias": torch.zeros(64, device="meta")}, "encoder.layernorm.bias in .* is no plain tensor"),
+        ({"encoder.layernorm.bias": torch.zeros(1).expand(10**9)}, "encoder.layernorm.bias in .* is no plain tensor"),
+        ({"action_encoder.patch_embed.weight": torch.zeros(10, 0, 1)}, "action_block must be an integer"),
     ):
         changed = {name: value for name, value in {**state, **change}.items() if value is not None}
         torch.save(changed, path)
@@ -237,9 +242,10 @@ def test_of_a_description_nothing_is_imported(official):
     }
     (official / "config.json").write_text(json.dumps(trap))
     assert lewm.load(official).config.predictor_heads == 2
-    (official / "config.json").write_text(json.dumps({**trap, "predictor": {"heads": 10**9}}))
-    with pytest.raises(ValueError, match="predictor_heads must be an integer from 1 to 65536"):
-        lewm.load(official)
+    for heads, text in (({"heads": 10**9}, "predictor_heads must be an integer from 1"), ({"dim_head": 0}, "head_dim")):
+        (official / "config.json").write_text(json.dumps({**trap, "predictor": heads}))
+        with pytest.raises(ValueError, match=text):
+            lewm.load(official)
     assert not (official / "ran").exists()
 
 

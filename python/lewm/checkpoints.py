@@ -281,8 +281,11 @@ def _unpickled(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"model file: {path} holds a {type(found).__name__} of other things, want a dict of tensors")
     arrays = {}
     for name, value in found.items():
-        if value.layout is not torch.strided or value.is_complex() or value.is_quantized:
+        plain = value.layout is torch.strided and not (value.is_meta or value.is_complex() or value.is_quantized)
+        # One that repeats what is stored would take as much memory as its shape asks for.
+        if not plain or value.nbytes > value.untyped_storage().nbytes():
             raise ValueError(f"model file: {name} in {path} is no plain tensor of numbers")
+        value = value.detach().contiguous()
         arrays[str(name)] = (value.float() if value.is_floating_point() else value.long()).numpy()
     return arrays
 
@@ -327,7 +330,7 @@ def _architecture(weights: dict[str, Any], heads: dict[str, int], action_dim: in
     inner, predictor_dim = shape(f"{transformer}.0.attn.to_qkv.weight", 2)
     smoothed, block_dim, _ = shape("action_encoder.patch_embed.weight", 3)
     if action_dim is None:
-        action_dim = block_dim // 5 if block_dim % 5 == 0 else block_dim
+        action_dim = max(1, block_dim // 5 if block_dim % 5 == 0 else block_dim)
     if block_dim % action_dim:
         raise ValueError(
             f"its action blocks are {block_dim} wide, which is no whole number of actions of the width {action_dim} "
@@ -346,7 +349,7 @@ def _architecture(weights: dict[str, Any], heads: dict[str, int], action_dim: in
         projector_hidden=shape("projector.net.0.weight", 2)[0],
         predictor_dim=predictor_dim,
         predictor_depth=depth(rf"{re.escape(transformer)}\.(\d+)\."),
-        predictor_heads=heads.get("heads", max(1, inner // (3 * head_dim))),
+        predictor_heads=heads.get("heads", max(1, inner // max(1, 3 * head_dim))),
         predictor_head_dim=head_dim,
         predictor_mlp=shape(f"{transformer}.0.mlp.net.1.weight", 2)[0],
         history=history,
