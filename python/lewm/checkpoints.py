@@ -270,7 +270,8 @@ def _unpickled(path: Path) -> dict[str, np.ndarray]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes of an unpickler
-        reason = brief(error).splitlines()[0] if str(error) else type(error).__name__
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {named[1]}" if named else (brief(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"model file: {path} holds more than tensors, or is damaged, and what a pickle says is not run here; want "
             f"a state dict: le-wm's files named weights.pt and *_weight.ckpt, not *_object.ckpt ({reason})"
