@@ -19,6 +19,7 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 _Store = Annotated[Path, typer.Argument(help="A .lewm folder.")]
+_Model = Annotated[Path, typer.Argument(help="Model file, run folder, or OWNER/NAME on the Hugging Face Hub.")]
 _Seed = Annotated[int, typer.Option(help="Of everything random.")]
 _Planner = Annotated[
     list[str] | None,
@@ -162,7 +163,7 @@ def recipes() -> None:
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Model file or run folder.")],
+    model: _Model,
     protocol: Annotated[str, typer.Option(help="Named protocol.")] = "two-room-25-50",
     pairs: Annotated[int | None, typer.Option(help="Start and goal pairs; the protocol's by default.")] = None,
     data: Annotated[Path | None, typer.Option(help="Take pairs from the held-out episodes of this store.")] = None,
@@ -223,7 +224,7 @@ def results(
 
 @app.command()
 def plan(
-    model: Annotated[Path, typer.Argument(help="Model file or run folder.")],
+    model: _Model,
     obs: Annotated[Path, typer.Argument(help="Picture of now.")],
     goal: Annotated[Path, typer.Argument(help="Picture of the goal.")],
     seed: _Seed = 0,
@@ -247,7 +248,7 @@ def plan(
 
 
 @app.command()
-def describe(model: Annotated[Path, typer.Argument(help="Model file or run folder.")]) -> None:
+def describe(model: _Model) -> None:
     """What a model file holds: architecture, units, bounds, origin."""
     from lewm.model import load
 

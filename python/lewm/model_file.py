@@ -62,19 +62,18 @@ _V5_TO_V4 = (
 
 def current_names(weights: dict[str, Any]) -> dict[str, Any]:
     """`weights` under the names of this package, whichever transformers release named them."""
-    renamed = {}
-    for name, value in weights.items():
-        for pattern, replacement in _V4_TO_V5:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
+    return _renamed(weights, _V4_TO_V5)
 
 
 def released_names(weights: dict[str, Any]) -> dict[str, Any]:
     """`weights` under the names that transformers 4 has, as the released checkpoints do; undoes `current_names`."""
+    return _renamed(weights, _V5_TO_V4)
+
+
+def _renamed(weights: dict[str, Any], patterns: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     renamed = {}
     for name, value in weights.items():
-        for pattern, replacement in _V5_TO_V4:
+        for pattern, replacement in patterns:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
     return renamed
