@@ -300,6 +300,19 @@ def test_the_file_that_lewm_wrote_comes_before_the_official_one(hub, official, t
     assert not any("weights.pt" in request for request in hub.requests)
 
 
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_the_description_beside_the_weights_comes_with_them(name, hub, tmp_path):
+    """Heads that are not 64 wide are in no shape."""
+    from safetensors.torch import save_file
+
+    config, weights = small(encoder_heads=2, predictor_heads=8, predictor_head_dim=16)
+    lewm.Model(config, weights).export("official", tmp_path / "out")
+    save_file(torch.load(tmp_path / "out" / "weights.pt", weights_only=True), tmp_path / "out" / "weights.safetensors")
+    files = {part: (tmp_path / "out" / part).read_bytes() for part in (name, "config.json")}
+    hub.repositories["someone/narrow"] = {"main": files}
+    assert lewm.load("someone/narrow").config.predictor_heads == 8
+
+
 def test_a_revision_is_asked_for_by_name(hub):
     lewm.load("someone/lewm-pusht", revision="v2")
     assert "GET /someone/lewm-pusht/resolve/v2/weights.pt" in hub.requests

@@ -144,19 +144,6 @@ def _described(c: ModelConfig) -> dict[str, Any]:
         sizes = {"input_dim": inputs, "output_dim": c.embed_dim, "hidden_dim": c.projector_hidden}
         return {"_target_": f"{lewm}.module.MLP", **sizes, "norm_fn": norm}
 
-    vit = {
-        "hidden_size": c.encoder_dim,
-        "num_hidden_layers": c.encoder_depth,
-        "num_attention_heads": c.encoder_heads,
-        "intermediate_size": c.encoder_mlp,
-    }
-    paper = ModelConfig(action_dim=c.action_dim)
-    tiny = (c.encoder_dim, c.encoder_depth, c.encoder_heads, c.encoder_mlp) == (
-        paper.encoder_dim,
-        paper.encoder_depth,
-        paper.encoder_heads,
-        paper.encoder_mlp,
-    )
     return {
         "_target_": f"{lewm}.LeWM",
         "encoder": {
@@ -166,7 +153,10 @@ def _described(c: ModelConfig) -> dict[str, Any]:
             "image_size": c.image_size,
             "pretrained": False,
             "use_mask_token": False,
-            **({} if tiny else vit),
+            "hidden_size": c.encoder_dim,
+            "num_hidden_layers": c.encoder_depth,
+            "num_attention_heads": c.encoder_heads,
+            "intermediate_size": c.encoder_mlp,
         },
         "predictor": {
             "_target_": f"{lewm}.module.Predictor",
@@ -232,11 +222,11 @@ def _downloaded(repository: str, revision: str | None) -> Path:
             ) from error
 
     for name in _NAMES:
+        if name == _NAMES[1]:  # not after the weights: where those are, it has to be too
+            fetched("config.json")
         path = fetched(name)
         if path is not None:
             _check_sum(path)
-            if path.suffix in _PICKLES:
-                fetched("config.json")
             return path
     if unreachable is not None:
         raise ConnectionError(
