@@ -27,6 +27,16 @@ def size(path: Path) -> tuple[int, int, float, int | None]:
         return stream.height, stream.width, float(stream.average_rate or 0), stream.frames or None
 
 
+def count(path: Path) -> int:
+    """Frames of a video whose header does not say how many: what it holds is counted, not decoded."""
+    with _opened(path) as container:
+        packets = container.demux(container.streams.video[0])
+        try:
+            return sum(packet.size > 0 and not packet.is_discard for packet in packets)
+        except needed("av", "reading video").error.FFmpegError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def frames(
     path: Path, *, count: int | None = None, first_time: float | None = None, fps: float | None = None
 ) -> np.ndarray:
@@ -136,9 +146,7 @@ def _timed(path: Path, container: Any, count: int, first_time: float, fps: float
 
 def _decoded(path: Path, container: Any, whole: bool) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
     """Time of each frame from where the container is, and what gives its pixels; `whole`: to the last that it has."""
-    import av
-
-    stream = container.streams.video[0]
+    av, stream = needed("av", "reading video"), container.streams.video[0]
     stream.thread_type = "AUTO"
     stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over
     frames = time = 0
