@@ -83,4 +83,4 @@ def _opened(blob: Any, what: str) -> Any:
     try:
         return image.open(io.BytesIO(blob), formats=("PNG", "JPEG"))
     except Exception as error:
-        raise ValueError(f"{what} is no picture in PNG or JPEG, or a damaged one: {error}") from error
+        raise ValueError(f"{what} is no picture in PNG or JPEG, or a damaged one") from error

@@ -32,7 +32,7 @@ def recognised(path: Path) -> bool:
 
 
 class Reader(Source):
-    """See `lewm.formats.Source`. The numbers of all rows are looked at when it is opened.
+    """See `lewm.formats.Source`. The list of rows is looked at when it is opened.
 
     Args:
         path: The table, a folder `.lance`; or a folder with one, and the tables that belong to it.
@@ -42,6 +42,7 @@ class Reader(Source):
 
     def __init__(self, path: Path, *, camera: str | None = None, action: str | None = None) -> None:
         self.path, self.metadata = path, {}
+        self._last: tuple[int, Any] = (-1, None)
         table = self._frames_table(path)
         lance = needed("lance", "reading Lance")
         with _readable(table):
@@ -54,7 +55,7 @@ class Reader(Source):
             with _readable(beside):
                 self._videos = lance.dataset(str(beside))
                 rows = self._videos.to_table(columns=["episode_idx", "video_key"]).to_pylist()
-            self._blobs = {(row["episode_idx"], row["video_key"]): k for k, row in enumerate(rows)}
+            self._blobs = {(row["episode_idx"], str(row["video_key"])): k for k, row in enumerate(rows)}
         self.format = "lance" if self._videos is None else "lance_video"
 
         self._index(table, schema)
@@ -67,28 +68,33 @@ class Reader(Source):
     def frames(self, episode: int) -> np.ndarray:
         what, length = self._what(episode), int(self.lengths[episode])
         if self._camera in self._pictures:
-            blobs = self._rows(self._camera, episode).to_pylist()
+            blobs = self._rows([self._camera], episode).column(0).to_pylist()
             return pictures_of(blobs, what, self.height, self.width)
         with self._video(episode) as file:
             return frames_of(video.frames(file), what, (length, self.height, self.width))
 
     def actions(self, episode: int) -> np.ndarray:
         what = self._what(episode)
-        return actions_of(rows_of(self._rows(self._action, episode), what), what)
+        return actions_of(self._numbers_of(self._action, episode), what)
 
     def column(self, name: str, episode: int) -> np.ndarray:
-        return rows_of(self._rows(name, episode), f"{name} of {self._what(episode)}").astype(np.float64)
+        return self._numbers_of(name, episode).astype(np.float64)
 
     def _what(self, episode: int) -> str:
         return f"{self.path} episode {self._numbers[episode]}"
 
-    def _rows(self, name: str, episode: int) -> Any:
+    def _numbers_of(self, name: str, episode: int) -> np.ndarray:
+        if self._last[0] != episode:  # all columns of an episode are wanted together
+            self._last = (episode, self._rows([self._action, *self.columns], episode))
+        return rows_of(self._last[1].column(name), f"{name} of {self._what(episode)}")
+
+    def _rows(self, names: list[str], episode: int) -> Any:
         start, length = int(self._offsets[episode]), int(self.lengths[episode])
         with _readable(self._what(episode)):
-            column = self._table.to_table(columns=[name], offset=start, limit=length).column(name)
-        if len(column) != length:
-            raise ValueError(f"{self._what(episode)} has {len(column)} rows of {name}, there were {length}")
-        return column
+            rows = self._table.to_table(columns=names, offset=start, limit=length)
+        if len(rows) != length:
+            raise ValueError(f"{self._what(episode)} has {len(rows)} rows, there were {length}")
+        return rows
 
     def _index(self, table: Path, schema: Any) -> None:
         """Which rows are whose."""
@@ -100,7 +106,7 @@ class Reader(Source):
         episodes, steps = (
             rows_of(rows.column(name), f"{name} of {table}").reshape(-1).astype(np.int64) for name in _NUMBERS
         )
-        offsets = np.flatnonzero(np.diff(episodes, prepend=-1))
+        offsets = np.flatnonzero(np.diff(episodes, prepend=episodes[:1] - 1))
         lengths = np.diff(offsets, append=len(episodes))
         bad = np.flatnonzero(steps != np.arange(len(steps)) - np.repeat(offsets, lengths))
         if len(bad):
@@ -118,7 +124,6 @@ class Reader(Source):
         if len(kept) < len(lengths):
             self.left_out["episodes"] = f"{len(lengths) - len(kept)} of {len(lengths)} have fewer than 2 frames"
         self.lengths, self._offsets, self._numbers = lengths[kept], offsets[kept], numbers[kept]
-        self._used = np.repeat(lengths >= 2, lengths)
 
     def _open_camera(self, schema: Any, camera: str | None) -> None:
         import pyarrow as pa
@@ -134,7 +139,7 @@ class Reader(Source):
         self._camera = camera
         self.left_out |= {name: "another camera" for name in cameras if name != camera}
         if camera in self._pictures:
-            first = self._rows(camera, 0)[0].as_py()
+            first = self._rows([camera], 0).column(0)[0].as_py()
             self.height, self.width, kind = picture_size(first, f"frame 0 of {self._what(0)}")
             self.lossless = kind == "PNG"
             return
@@ -146,7 +151,6 @@ class Reader(Source):
             self.height, self.width, _, _ = video.size(file)
 
     def _open_columns(self, schema: Any, action: str) -> None:
-        """What is not finite is found now: it could not be kept."""
         import pyarrow as pa
 
         if action not in schema.names:
@@ -158,10 +162,10 @@ class Reader(Source):
                 continue
             if pa.types.is_fixed_size_list(kind):
                 width, kind = kind.list_size, kind.value_type
-            try:
+            if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
                 why = numeric(np.dtype(kind.to_pandas_dtype()), (width,))
-            except (NotImplementedError, TypeError):
-                why = f"{kind} is no number"
+            else:
+                why = f"{field.type} is no number"
             if name == action:
                 if why is not None:
                     raise ValueError(f"{action} of {self.path} must be numbers: {why}")
@@ -170,26 +174,6 @@ class Reader(Source):
                 self.left_out[name] = why
             else:
                 self.columns[name] = width
-        needed_rows = dict.fromkeys(self.columns, self._used)
-        needed_rows[action] = self._used.copy()
-        needed_rows[action][self._offsets + self.lengths - 1] = False
-        row = 0
-        for batch in self._batches(list(needed_rows)):
-            for name, wanted in needed_rows.items():
-                values = rows_of(batch.column(name), f"{name} of {self.path}")
-                where = row + np.flatnonzero(~np.isfinite(values).all(axis=1) & wanted[row : row + len(values)])
-                if len(where) and name not in self.left_out:
-                    episode = int(np.searchsorted(self._offsets, where[0], side="right")) - 1
-                    why = f"row {where[0] - self._offsets[episode]} of episode {self._numbers[episode]} is not finite"
-                    if name == action:
-                        raise ValueError(f"{action} of {self.path} cannot be used: {why}")
-                    self.left_out[name] = why
-            row += len(batch)
-        self.columns = {name: width for name, width in self.columns.items() if name not in self.left_out}
-
-    def _batches(self, names: list[str]) -> Iterator[Any]:
-        with _readable(self.path):
-            yield from self._table.to_batches(columns=names)
 
     @contextmanager
     def _video(self, episode: int) -> Iterator[Path]:

@@ -63,7 +63,7 @@ class _Episode:
 
 
 class Reader(Source):
-    """See `lewm.formats.Source`. All numbers, and the headers of all videos, are looked at when it is opened.
+    """See `lewm.formats.Source`. The list of rows and the headers of all videos are looked at when it is opened.
 
     Files that `meta/info.json` names are read within the folder only. A file there may be a link to elsewhere, as in
     the cache of huggingface_hub.
@@ -78,7 +78,7 @@ class Reader(Source):
         needed("pyarrow.parquet", "reading LeRobot's data sets")
         self.path = path
         self._file: tuple[Path, Any] | None = None
-        self._groups: dict[str, tuple[Any, Any]] = {}
+        self._groups: dict[tuple[str, ...], tuple[Any, Any]] = {}
         self._info = self._described()
         self.format = f"lerobot {self._info['codebase_version']}"
         self.metadata = {"fps": self._fps}
@@ -96,7 +96,6 @@ class Reader(Source):
             by_file.setdefault(episode.data, []).append(episode)
         for file, here in by_file.items():
             self._look_at(file, here)
-        self.columns = {name: width for name, width in self.columns.items() if name not in self.left_out}
         self._episodes = [episode for episode in episodes if episode.length >= 2]
         if not self._episodes:
             raise ValueError(f"{path} has no episode of at least 2 frames")
@@ -259,7 +258,8 @@ class Reader(Source):
         return self.path / name
 
     def _look_at(self, file: Path, episodes: list[_Episode]) -> None:
-        """Finds the rows of the episodes in their file, and what of them cannot be used."""
+        """Finds the rows of the episodes in their file, and checks that they are as the list of episodes says."""
+        self._check_columns(file, [self._action, *self.columns, *(() if self._is_video else (self._camera,))])
         own = self._table(file, ["episode_index", "frame_index", "timestamp"])
         numbers, indices, times = (
             rows_of(column, f"{name} of {file}")[:, 0]
@@ -270,7 +270,6 @@ class Reader(Source):
         found = {int(numbers[start]): (int(start), int(n)) for start, n in zip(starts, counts, strict=True)}
         if len(found) != len(starts):
             raise ValueError(f"{file} must have the rows of an episode together; it has some twice")
-        used, last = np.zeros(len(numbers), bool), np.zeros(len(numbers), bool)
         for e in episodes:
             e.row, length = found.get(e.number, (0, 0))
             if length != e.length:
@@ -289,21 +288,6 @@ class Reader(Source):
                     f"{file}: timestamps of episode {e.number} are not those of {self._fps:g} frames a second"
                 )
             e.first_time += first
-            used[rows], last[rows.stop - 1] = length >= 2, True
-        row = 0
-        for group in range(self._parquet(file).num_row_groups):
-            names = [self._action, *self.columns]
-            table = self._table(file, names, group)
-            for name in names:
-                values = self._checked(table, name, file)
-                wanted = used[row : row + len(values)] & ~(last[row : row + len(values)] & (name == self._action))
-                bad = row + np.flatnonzero(wanted & ~np.isfinite(values).all(axis=1))
-                if len(bad) and name not in self.left_out:
-                    which = f"row {indices[bad[0]]:.0f} of episode {numbers[bad[0]]:.0f} is not finite"
-                    if name == self._action:
-                        raise ValueError(f"{name} of {file} cannot be used: {which}")
-                    self.left_out[name] = which
-            row += table.num_rows
 
     def _open_frames(self) -> None:
         """Size of the frames, and whether all videos are there with enough of them."""
@@ -334,13 +318,11 @@ class Reader(Source):
                 )
 
     def _numbers(self, name: str, episode: int) -> np.ndarray:
-        return self._checked({name: self._rows(name, episode)}, name, self._what(episode))
-
-    def _checked(self, table: Any, name: str, what: Any) -> np.ndarray:
-        values = rows_of(table[name], f"{name} of {what}")
+        what = f"{name} of {self._what(episode)}"
+        values = rows_of(self._rows(name, episode), what)
         width = self.action_dim if name == self._action else self.columns[name]
         if values.shape[1] != width:
-            raise ValueError(f"{name} of {what} must be {width} wide, as info.json says, got {values.shape[1]}")
+            raise ValueError(f"{what} must be {width} wide, as info.json says, got {values.shape[1]}")
         return values
 
     def _rows(self, name: str, episode: int) -> Any:
@@ -348,24 +330,28 @@ class Reader(Source):
         e = self._episodes[episode]
         parquet = self._parquet(e.data)
         ends = np.cumsum([parquet.metadata.row_group(k).num_rows for k in range(parquet.num_row_groups)])
-        first = int(np.searchsorted(ends, e.row, side="right"))
-        last = int(np.searchsorted(ends, e.row + e.length - 1, side="right"))
+        first, last = (int(np.searchsorted(ends, row, side="right")) for row in (e.row, e.row + e.length - 1))
+        names = (name,) if name == self._camera else (self._action, *self.columns)
         key = (e.data, first, last)
-        if self._groups.get(name, (None,))[0] != key:
-            self._groups[name] = (key, self._table(e.data, [name], *range(first, last + 1)).column(0))
+        if self._groups.get(names, (None, None))[0] != key:
+            self._groups[names] = (key, self._table(e.data, list(names), *range(first, last + 1)))
         start = e.row - (int(ends[first - 1]) if first else 0)
-        return self._groups[name][1].slice(start, e.length)
+        return self._groups[names][1].column(name).slice(start, e.length)
 
     def _table(self, file: Path, names: list[str], *groups: int) -> Any:
         """Columns of row groups of a file, or of all of it."""
+        self._check_columns(file, names)
         parquet = self._parquet(file)
-        missing = [name for name in names if name not in parquet.schema_arrow.names]
-        if missing:
-            raise ValueError(f"{file} has no column {missing[0]!r}; it has {', '.join(parquet.schema_arrow.names)}")
         with _readable(file):
             table = parquet.read_row_groups(list(groups), names) if groups else parquet.read(names)
             table.validate(full=True)
         return table.select(names)
+
+    def _check_columns(self, file: Path, names: list[str]) -> None:
+        there = self._parquet(file).schema_arrow.names
+        for name in names:
+            if name not in there:
+                raise ValueError(f"{file} has no column {name!r}; it has {', '.join(there)}")
 
     def _parquet(self, file: Path) -> Any:
         if self._file is None or self._file[0] != file:

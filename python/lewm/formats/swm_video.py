@@ -37,6 +37,7 @@ class Reader(Source):
     def __init__(self, path: Path, *, camera: str | None = None, action: str | None = None) -> None:
         self.path, self.format, self.lossless, self.metadata = path, "swm_video", False, {}
         found = {file.relative_to(path).with_suffix("").as_posix(): file for file in sorted(path.rglob("*.npz"))}
+        files = list(found.values())
         lengths, offsets = (self._ends(found, name) for name in _ENDS)
         wrong = lengths.shape != offsets.shape or not len(lengths) or (lengths < 0).any()
         if wrong or (offsets != np.cumsum(lengths) - lengths).any():
@@ -51,7 +52,7 @@ class Reader(Source):
 
         self.left_out = {name: "another camera" for name in self._cameras() if name != self._camera.name}
         self.columns, self._columns = {}, {}
-        rows, first, last = int(lengths.sum()), np.repeat(offsets, lengths), offsets + lengths - 1
+        rows = int(lengths.sum())
         self._actions = self._array(found[action])
         if self._actions.ndim not in (1, 2) or self._actions.dtype.kind not in "fiu" or len(self._actions) != rows:
             raise ValueError(
@@ -69,13 +70,8 @@ class Reader(Source):
             if why is None and len(data) != rows:
                 raise ValueError(f"{file} has {len(data)} rows, ep_len says {rows}")
             if why is None:
-                data = data.reshape(rows, -1)
-                bad = np.flatnonzero(~np.isfinite(data).all(axis=1))
-                if len(bad):
-                    which = f"row {bad[0] - first[bad[0]]} of episode {np.searchsorted(last, bad[0])}"
-                    why = f"{which} is not finite"
-            if why is None:
-                self.columns[name], self._columns[name] = data.shape[1], data
+                self._columns[name] = data.reshape(rows, -1)
+                self.columns[name] = self._columns[name].shape[1]
             else:
                 self.left_out[name] = why
 
@@ -90,7 +86,7 @@ class Reader(Source):
         for episode in range(len(self)):
             self.actions(episode)
             self._check_video(episode)
-        self.bytes = sum(file.stat().st_size for file in (*found.values(), *map(self._video, range(len(self)))))
+        self.bytes = sum(file.stat().st_size for file in (*files, *map(self._video, range(len(self)))))
 
     def frames(self, episode: int) -> np.ndarray:
         shape = (int(self.lengths[episode]), self.height, self.width)
