@@ -77,7 +77,7 @@ class Reader(Source):
     def __init__(self, path: Path, *, camera: str | None = None, action: str | None = None) -> None:
         needed("pyarrow.parquet", "reading LeRobot's data sets")
         self.path = path
-        self._file: tuple[Path, Any] | None = None
+        self._table_open: _Table | None = None
         self._groups: dict[tuple[str, ...], tuple[Any, Any]] = {}
         self._info = self._described()
         self.format = f"lerobot {self._info['codebase_version']}"
@@ -126,9 +126,9 @@ class Reader(Source):
         return self._numbers(name, episode).astype(np.float64)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file[1].close()
-        self._file, self._groups = None, {}
+        if self._table_open is not None:
+            self._table_open.parquet.close()
+        self._table_open, self._groups = None, {}
 
     def _what(self, episode: int) -> str:
         return f"{self.path} episode {self._episodes[episode].number}"
@@ -328,8 +328,7 @@ class Reader(Source):
     def _rows(self, name: str, episode: int) -> Any:
         """A column of one episode. The row groups read last are kept: those of other programs have many episodes."""
         e = self._episodes[episode]
-        parquet = self._parquet(e.data)
-        ends = np.cumsum([parquet.metadata.row_group(k).num_rows for k in range(parquet.num_row_groups)])
+        ends = self._opened(e.data).ends
         first, last = (int(np.searchsorted(ends, row, side="right")) for row in (e.row, e.row + e.length - 1))
         names = (name,) if name == self._camera else (self._action, *self.columns)
         key = (e.data, first, last)
@@ -341,26 +340,37 @@ class Reader(Source):
     def _table(self, file: Path, names: list[str], *groups: int) -> Any:
         """Columns of row groups of a file, or of all of it."""
         self._check_columns(file, names)
-        parquet = self._parquet(file)
+        parquet = self._opened(file).parquet
         with _readable(file):
             table = parquet.read_row_groups(list(groups), names) if groups else parquet.read(names)
             table.validate(full=True)
         return table.select(names)
 
     def _check_columns(self, file: Path, names: list[str]) -> None:
-        there = self._parquet(file).schema_arrow.names
+        there = self._opened(file).names
         for name in names:
             if name not in there:
                 raise ValueError(f"{file} has no column {name!r}; it has {', '.join(there)}")
 
-    def _parquet(self, file: Path) -> Any:
-        if self._file is None or self._file[0] != file:
+    def _opened(self, file: Path) -> _Table:
+        if self._table_open is None or self._table_open.file != file:
             self.close()
-            if not file.is_file():
-                raise ValueError(f"{file} is missing")
-            with _readable(file):
-                self._file = (file, needed("pyarrow.parquet", "reading LeRobot's data sets").ParquetFile(file))
-        return self._file[1]
+            self._table_open = _Table(file)
+        return self._table_open
+
+
+class _Table:
+    """A parquet file, open: `names` of its columns, `ends` of its row groups in rows."""
+
+    def __init__(self, file: Path) -> None:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        self.file = file
+        with _readable(file):
+            self.parquet = needed("pyarrow.parquet", "reading LeRobot's data sets").ParquetFile(file)
+            self.names = self.parquet.schema_arrow.names
+            groups = self.parquet.metadata
+            self.ends = np.cumsum([groups.row_group(k).num_rows for k in range(groups.num_row_groups)], dtype=np.int64)
 
 
 def write(
