@@ -134,6 +134,16 @@ def test_other_actions():
         opened(FIXTURES / "lerobot_v30_image", action="note")
 
 
+def test_files_may_be_links_to_elsewhere(copy, tmp_path):
+    path = copy("lerobot_v21_video")  # so does the cache of huggingface_hub
+    (tmp_path / "blobs").mkdir()
+    for k, file in enumerate(sorted(file for file in path.rglob("*") if file.is_file())):
+        file.rename(tmp_path / f"blobs/{k}")
+        file.symlink_to(tmp_path / f"blobs/{k}")
+    with opened(path) as source:
+        assert rule.nearest(source.frames(2), rule.frames(2)) == list(range(7))
+
+
 def test_depth_is_no_camera(copy):
     path = copy("lerobot_v30_video")
     features = changed(path)["features"]
@@ -188,6 +198,7 @@ def test_versions(copy, tmp_path):
     ("changes", "text"),
     [
         ({"fps": 0}, "fps must be a number above 0, got 0"),
+        ({"fps": 10**400}, "fps must be a number above 0, got 1000"),
         ({"fps": "10"}, "fps must be a number above 0, got '10'"),
         ({"fps": math.nan}, "fps must be"),
         ({"features": []}, "features must give each feature a dtype and a shape"),
@@ -203,6 +214,7 @@ def test_versions(copy, tmp_path):
         ({"data_path": "data/{file_index.__class__}"}, "may name chunk_index, file_index in braces"),
         ({"data_path": "data/{file_index!r}"}, "may name chunk_index, file_index in braces"),
         ({"data_path": "data/{episode_index:06d}"}, "may name chunk_index, file_index, got"),
+        ({"data_path": "d" * 300}, "must stay in the folder"),
         ({"data_path": "data/none.parquet"}, "none.parquet is missing"),
         ({"video_path": "../../{video_key}.mp4"}, "video_path must stay in the folder"),
         ({"total_episodes": 4}, "says 4 episodes, the list of episodes has 3"),
@@ -236,10 +248,15 @@ def test_info_that_is_no_json(copy, text):
 def test_lists_of_episodes(copy):
     path = copy("lerobot_v21_image")
     listed = path / "meta/episodes.jsonl"
-    for line, text in (("{", "line 4 is no JSON"), ('{"episode_index": -1, "length": 3}', "line 4: episode_index and")):
+    for line, text in (
+        ("{", "episodes.jsonl line 4 is no JSON"),
+        ('{"episode_index": -1, "length": 3}', "episodes.jsonl line 4: episode_index and length must be integers"),
+        ('{"episode_index": 2, "length": 7}', "must list each episode once"),
+    ):
         kept = listed.read_text()
+        changed(path, total_episodes=4)
         listed.write_text(kept + line)
-        with pytest.raises(ValueError, match=f"episodes.jsonl {text}"):
+        with pytest.raises(ValueError, match=text):
             opened(path)
         listed.write_text(kept)
     listed.unlink()
@@ -316,6 +333,10 @@ def test_damaged_and_missing_numbers(copy):
         (lambda t: without(t, TOP), "file-000.parquet has no column"),
         (lambda t: t.slice(0, 20), "file-000.parquet has 6 rows of episode 2, the list of episodes says 7"),
         (lambda t: t.take(np.r_[0:4, 5, 4, 6:21]), "must have the rows of an episode together"),
+        (
+            lambda t: replaced(t, "episode_index", pa.array([0.0] * 21)),
+            "episode_index of .* must be integers, got float64",
+        ),
         (lambda t: t.take(np.r_[1, 0, 2:21]), "must have the frames of episode 0 in order"),
         (
             lambda t: replaced(t, "action", pa.array(["a"] * 21)),

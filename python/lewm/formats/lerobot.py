@@ -79,11 +79,19 @@ class Reader(Source):
         self.path = path
         self._table_open: _Table | None = None
         self._groups: dict[tuple[str, ...], tuple[Any, Any]] = {}
+        try:
+            self._open(camera, action or "action")
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, camera: str | None, action: str) -> None:
+        path = self.path
         self._info = self._described()
         self.format = f"lerobot {self._info['codebase_version']}"
         self.metadata = {"fps": self._fps}
         self.left_out: dict[str, str] = {}
-        self._open_features(camera, action or "action")
+        self._open_features(camera, action)
 
         episodes = list(self._episodes_v3() if self._info["codebase_version"] == "v3.0" else self._episodes_v2())
         if not episodes:
@@ -91,6 +99,8 @@ class Reader(Source):
         total = self._info.get("total_episodes", len(episodes))
         if total != len(episodes):
             raise ValueError(f"{path}/meta/info.json says {total} episodes, the list of episodes has {len(episodes)}")
+        if len({episode.number for episode in episodes}) != len(episodes):
+            raise ValueError(f"{path} must list each episode once, it has some twice")
         by_file: dict[Path, list[_Episode]] = {}
         for episode in episodes:
             by_file.setdefault(episode.data, []).append(episode)
@@ -111,7 +121,7 @@ class Reader(Source):
         e, what = self._episodes[episode], self._what(episode)
         if e.video is None:
             blobs = self._rows(self._camera, episode).to_pylist()
-            pictures = [blob["bytes"] if isinstance(blob, dict) else blob for blob in blobs]
+            pictures = [blob.get("bytes") if isinstance(blob, dict) else blob for blob in blobs]
             return pictures_of(pictures, what, self.height, self.width)
         try:
             frames = video_files.frames(e.video, count=e.length, first_time=e.first_time, fps=self._fps)
@@ -142,14 +152,13 @@ class Reader(Source):
         version, features, fps = info.get("codebase_version"), info.get("features"), info.get("fps")
         if version not in VERSIONS:
             raise ValueError(f"{file}: codebase_version must be one of {', '.join(VERSIONS)}, got {version!r}")
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
-            raise ValueError(f"{file}: fps must be a number above 0, got {fps!r}")
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 1e6:
+            raise ValueError(f"{file}: fps must be a number above 0, got {repr(fps)[:100]}")
         self._fps = float(fps)
         described = isinstance(features, dict) and all(
             isinstance(feature, dict)
             and isinstance(feature.get("dtype"), str)
-            and isinstance(feature.get("shape"), list)
-            and all(type(side) is int and side > 0 for side in feature["shape"])
+            and (feature["dtype"] not in _NUMBERS or _is_shape(feature.get("shape")))
             for feature in features.values()
         )
         if not described:
@@ -173,18 +182,18 @@ class Reader(Source):
         self._camera, self._is_video = camera, features[camera]["dtype"] == "video"
         self.columns = {}
         for name, feature in features.items():
-            dtype, shape = feature["dtype"], tuple(feature["shape"])
+            dtype = feature["dtype"]
             if name in _OWN:
                 continue
             if name in pictures:
                 if name != camera:
                     self.left_out[name] = "depth" if name in depth else "another camera"
                 continue
-            why = numeric(np.dtype(dtype), shape) if dtype in _NUMBERS else f"{dtype} is no number"
+            why = numeric(np.dtype(dtype), tuple(feature["shape"])) if dtype in _NUMBERS else f"{dtype} is no number"
             if why is not None:
                 self.left_out[name] = why
             else:
-                self.columns[name] = int(np.prod(shape, dtype=int))
+                self.columns[name] = int(np.prod(feature["shape"], dtype=int))
         if action not in self.columns:
             why = f" that can be read: {self.left_out[action]}" if action in self.left_out else ""
             raise ValueError(
@@ -253,7 +262,7 @@ class Reader(Source):
             raise ValueError(f"{file}: {key} may name {', '.join(values)} in braces, got {template!r}")
         name = re.sub(field, put, template)
         parts = PureWindowsPath(name)  # the stricter: both slashes divide, and drives are roots
-        if parts.anchor or ".." in parts.parts or "\0" in name or not name:
+        if parts.anchor or ".." in parts.parts or "\0" in name or not 0 < len(name) < 256:
             raise ValueError(f"{file}: {key} must stay in the folder, got {name!r}")
         return self.path / name
 
@@ -265,6 +274,8 @@ class Reader(Source):
             rows_of(column, f"{name} of {file}")[:, 0]
             for name, column in zip(own.column_names, own.columns, strict=True)
         )
+        if numbers.dtype.kind not in "iu":
+            raise ValueError(f"episode_index of {file} must be integers, got {numbers.dtype}")
         starts = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1))
         counts = np.diff(starts, append=len(numbers))
         found = {int(numbers[start]): (int(start), int(n)) for start, n in zip(starts, counts, strict=True)}
@@ -691,6 +702,10 @@ def _counts(values: Any, what: str) -> tuple[int, ...]:
     if not all(type(value) is int and value >= 0 for value in values):
         raise ValueError(f"{what} must be integers of at least 0, got {', '.join(map(repr, values))}")
     return tuple(values)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(side) is int and side > 0 for side in value)
 
 
 def _is_depth(feature: dict[str, Any]) -> bool:
