@@ -542,7 +542,7 @@ def open_dataset(src: str | os.PathLike[str], store: str | os.PathLike[str] | No
         if options or store is not None:
             raise ValueError(f"{src} is a store, which is opened as it is; got {', '.join(options) or 'store'} besides")
         return Dataset(src)
-    path = Path(store) if store is not None else src.with_name((src.stem if src.is_file() else src.name) + ".lewm")
+    path = Path(store) if store is not None else src.with_name((src.name if src.is_dir() else src.stem) + ".lewm")
     if not path.exists():
         convert(src, path, **options)
         return Dataset(path)
