@@ -11,6 +11,9 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
+pytest.importorskip("h5py")
+pytest.importorskip("pyarrow")
+pytest.importorskip("av")
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from lewm.config import PRESETS, configure
 from lewm.model_file import released_names, tensor_shapes
 from lewm.recipes import RECIPES
 from local_hub import LocalHub
+from recorded import columns_of, episodes, write_hdf5
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,6 +46,7 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setitem(RECIPES["two-room"], "tiny", dataclasses.replace(own, episodes=20))
     for name, protocol in evaluation.PROTOCOLS.items():
         monkeypatch.setitem(evaluation.PROTOCOLS, name, dataclasses.replace(protocol, pairs=4))
+    write_hdf5(tmp_path / "pusht.h5", columns_of(episodes(size=64)))
 
 
 @pytest.fixture
@@ -78,6 +83,8 @@ def test_python_blocks(capsys):
     assert "torch.Size([4, 4, 64, 64, 3]) torch.Size([4, 3, 10])" in printed
     assert abs(scope["plan"].actions).max() <= 1
     assert scope["plan"].action.shape == (2,)
+    assert "pusht-robot (lerobot): 4 episodes, 26 frames" in printed
+    assert scope["data"].lengths.tolist() == [30, 50]
     assert scope["official"].bounds()[0].shape == (10,)
     assert sorted(path.name for path in Path("for-them").iterdir()) == ["config.json", "weights.pt"]
 
@@ -99,7 +106,15 @@ def test_shell_blocks():
                 assert wanted, line
                 assert set(filter(None, (wanted[1] or "").split(","))) <= set(extras)
             ran.add(" ".join(words[:2]))
-    assert {"make demo", "make test", "lewm collect", "lewm train", "lewm evaluate", "pip install"} <= ran
+    assert {
+        "make demo",
+        "make test",
+        "lewm collect",
+        "lewm train",
+        "lewm convert",
+        "lewm evaluate",
+        "pip install",
+    } <= ran
 
 
 def test_links_lead_somewhere():

@@ -1,4 +1,4 @@
-"""Video files as arrays and back, by PyAV. Only the file itself is read, and damage is an error, not a grey frame."""
+"""Video files as arrays and back, by PyAV. Only the file itself is read; damage that its codec notices is an error."""
 
 from __future__ import annotations
 
