@@ -97,6 +97,17 @@ def test_from_collecting_to_a_plan(tmp_path):
     assert answer["backend"] == "cpu"
 
 
+def test_a_missing_package_is_the_line_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lewm", "train", "nowhere.lewm"])
+    for module in ("lewm.trainer", "torch"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.endswith(' pip install "lewm-fast[train]"\n'), said
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -43,6 +43,8 @@ def test_extras_are_those_of_the_package(monkeypatch):
         'no-such-thing (<4,>=3) ; extra == "train"',
         "winreg-thing>=1 ; sys_platform == 'win32' and extra == 'train'",
         "numpy ; extra == 'envs'",
+        "old-thing>=1 ; python_version < '3.10' and extra == 'envs'",
+        "new-thing>=1 ; python_version < '3.99' and extra == 'envs'",
         "pytest>=8 ; extra == 'dev'",
     ]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
@@ -54,7 +56,11 @@ def test_extras_are_those_of_the_package(monkeypatch):
             "torch": "2.9  (wants >=2.4)",
             "no-such-thing": 'is not installed: pip install "lewm-fast[train]"  (wants (<4,>=3))',
         },
-        "envs": {"numpy": numpy},
+        "envs": {
+            "numpy": numpy,
+            "old-thing": "is not installed: it wants Python below 3.10  (wants >=1)",
+            "new-thing": 'is not installed: pip install "lewm-fast[envs]"  (wants >=1)',
+        },
     }
 
 
@@ -63,6 +69,15 @@ def test_a_missing_torch_is_the_line_that_installs_it(monkeypatch):
     back_ends = diagnose()["Back ends"]
     expected = 'torch is not installed: pip install "lewm-fast[train]"'
     assert back_ends["cuda"] == back_ends["torch"] == expected
+
+
+def test_a_system_without_triton_is_not_told_to_install_it(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(doctor, "_missing", lambda *names: next((name for name in names if name == "triton"), ""))
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert doctor._cuda().startswith("needs Triton, which the extra has on Linux only; this is ")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert doctor._cuda() == 'triton is not installed: pip install "lewm-fast[train]"'
 
 
 def test_a_missing_mujoco_is_the_line_that_installs_it(monkeypatch):

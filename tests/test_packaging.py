@@ -8,8 +8,10 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import time
 import venv
 import zipfile
+from email import message_from_string
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted(path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py"))
+BIN = "Scripts" if sys.platform == "win32" else "bin"
 CARGO_VERSION = re.search(r'^version = "(.+)"', (ROOT / "Cargo.toml").read_text(), re.M)[1]
 
 
@@ -33,7 +36,7 @@ def run(*command, check=True, **kwargs):
 def make_environment(folder):
     """Makes a virtual environment with nothing but pip in it and returns its Python."""
     venv.create(folder, with_pip=True)
-    return folder / "bin" / "python"
+    return folder / BIN / "python"
 
 
 def test_kernels_is_a_real_folder_and_a_link_to_it():
@@ -112,13 +115,34 @@ def test_wheel_listing(wheel):
     kernels = {f"lewm/kernels/{name}" for name in KERNELS}
     native = {name for name in names if name.startswith("lewm/_core.abi3.")}
     assert len(native) == 1
+    assert wheel.stat().st_size < 5 << 20  # 1.2 MB in 0.1.0: nothing large has slipped in
     package = {name for name in names if ".dist-info/" not in name and ".libs/" not in name}
     assets = {f"lewm/envs/assets/{name}" for name in ("LICENSE", "reacher.xml")}
     assert package == modules | kernels | native | assets | {"lewm/py.typed", "lewm/_core.pyi"}
 
 
 @pytest.mark.slow
+def test_wheel_metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        folder = f"lewm_fast-{CARGO_VERSION}.dist-info"
+        found = message_from_string(archive.read(f"{folder}/METADATA").decode())
+        assert archive.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert found["Requires-Python"] == ">=3.10"
+    assert found["License-Expression"] == "MIT"
+    assert found.get_all("License-File") == ["LICENSE"]
+    assert found["Description-Content-Type"].startswith("text/markdown")
+    assert found.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    assert "Typing :: Typed" in found.get_all("Classifier")
+    base = {Requirement(line).name for line in found.get_all("Requires-Dist") if "extra ==" not in line}
+    assert base == {"numpy", "gymnasium", "typer", "rich", "safetensors"}
+
+
+@pytest.mark.slow
 def test_sdist_listing(sdist):
+    assert {path.name for path in sdist.iterdir()} == {
+        *("Cargo.toml", "Cargo.lock", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO", "python", "rust")
+    }
+    assert next(sdist.parent.glob("*.tar.gz")).stat().st_size < 1 << 20  # 0.4 MB in 0.1.0
     names = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if not path.is_dir()}
     wanted = {f"python/lewm/kernels/{name}" for name in KERNELS}
     wanted |= {"Cargo.toml", "Cargo.lock", "pyproject.toml", "README.md", "LICENSE", "rust/py/build.rs"}
@@ -127,6 +151,18 @@ def test_sdist_listing(sdist):
     assert wanted <= names
     assert not any((sdist / "python/lewm/kernels" / name).is_symlink() for name in KERNELS)
     assert not {name for name in names if name.endswith((".so", ".pyc"))}
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_plan_within_a_minute(wheel, tmp_path):
+    """Environment, installation, model file, plan. The downloads are pip's, from its cache where it has one."""
+    start = time.perf_counter()
+    python = make_environment(tmp_path / "env")
+    run(python, "-m", "pip", "install", "-q", wheel)
+    said = run(python, ROOT / "scripts/smoke.py", cwd=tmp_path).stdout
+    seconds = time.perf_counter() - start
+    assert "planned on cpu" in said
+    assert seconds < 60, said
 
 
 CLEAN_IMPORT = """
@@ -202,7 +238,7 @@ def test_clean_install(artefact, request, clean_environment, tmp_path):
 
     where = run(clean_environment, "-c", CLEAN_IMPORT, cwd=tmp_path).stdout.strip()
     assert Path(where).is_relative_to(home)
-    usage = run(home / "bin/lewm", "--help", cwd=tmp_path, env={"COLUMNS": "120", "NO_COLOR": "1"}).stdout
+    usage = run(home / BIN / "lewm", "--help", cwd=tmp_path, env={"COLUMNS": "120", "NO_COLOR": "1"}).stdout
     assert "demo" in usage
     assert "train" in usage
 
@@ -254,9 +290,11 @@ def bare_machine(tmp_path):
     return setup
 
 
+NO_SHELL = pytest.mark.skipif(sys.platform == "win32", reason="Windows is set up without scripts/setup.sh")
 CARGO, CC = 'echo "cargo 1.95.0 (f2d3ce0bd 2026-03-21)"', "exit 0"
 
 
+@NO_SHELL
 @pytest.mark.parametrize(
     ("commands", "parts"),
     [
@@ -276,6 +314,7 @@ def test_setup_says_what_is_missing(bare_machine, commands, parts):
     assert all(part in lines[0] for part in parts), lines[0]
 
 
+@NO_SHELL
 def test_setup_says_everything_that_is_missing_at_once(bare_machine):
     lines = bare_machine(python="exit 127")
     assert [line.split(".")[0].split(" ")[1] for line in lines] == ["Python", "Rust", "a"]

@@ -88,7 +88,12 @@ envs.register()
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'lewm' has no attribute {name!r}")
-    value = getattr(import_module(f"lewm.{_HOME[name]}"), name)
+    try:
+        value = getattr(import_module(f"lewm.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'lewm.{name} needs {error.name}, which is not installed: pip install "lewm-fast[train]"', name=error.name
+        ) from error
     globals()[name] = value
     return value
 

@@ -15,7 +15,7 @@ def remembered(file: str, key: str, find: Callable[[], bool | None]) -> bool | N
     """The answer kept under `key` in `file` of the cache folder, else that of `find`, kept unless it is None."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lewm-fast" / file
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     known = known if isinstance(known, dict) else {}

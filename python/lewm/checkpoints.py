@@ -293,7 +293,7 @@ def _heads(path: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_text(encoding="utf-8"))
         encoder, predictor = described["encoder"], described["predictor"]
         found = {name: int(predictor[name]) for name in ("heads", "dim_head") if name in predictor}
         if "num_attention_heads" in encoder or encoder.get("size") == "huge":  # 80 wide

@@ -507,6 +507,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, TypeError, OSError, MemoryError, ModuleNotFoundError, FloatingPointError, StoreError) as error:
+        text = str(error)
+        if isinstance(error, ModuleNotFoundError) and "pip install" not in text:
+            text += ': pip install "lewm-fast[train]"'  # all that a module here imports when it is loaded
         typer.secho("error: ", fg="red", err=True, nl=False)
-        typer.echo(error, err=True)
+        typer.echo(text, err=True)
         sys.exit(2)

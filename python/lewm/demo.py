@@ -87,7 +87,7 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, steps: int | None = None
         highlight=False,
         soft_wrap=True,
     )
-    return json.loads((out / "result.json").read_text())
+    return json.loads((out / "result.json").read_text(encoding="utf-8"))
 
 
 def _best_episode(model: Any, result: dict[str, Any]) -> Any:

@@ -128,6 +128,8 @@ def _cpu() -> str:
 
 def _cuda() -> str:
     missing = _missing("torch", "triton")
+    if missing == "triton" and sys.platform != "linux":
+        return f"needs Triton, which the extra has on Linux only; this is {platform.system()}"
     if missing:
         return f"{missing} is not installed: {_install('train')}"
     import torch
@@ -213,6 +215,7 @@ def _extras() -> dict[str, dict[str, str]]:
         wanted = re.match(r"([\w.-]+)\s*([^;]*?)\s*(?:;|$)", line)
         extra = re.search(r"""extra\s*==\s*['"]([\w-]+)""", line)
         system = re.search(r"""sys_platform\s*==\s*['"](\w+)""", line)
+        below = re.search(r"""python_version\s*<\s*['"](\d+)\.(\d+)""", line)
         if wanted is None or extra is None or extra[1] == "dev" or (system and system[1] != sys.platform):
             continue
         name, limits = wanted.groups()
@@ -220,6 +223,8 @@ def _extras() -> dict[str, dict[str, str]]:
             finding = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             finding = f"is not installed: {_install(extra[1])}"
+            if below and sys.version_info >= (int(below[1]), int(below[2])):
+                finding = f"is not installed: it wants Python below {below[1]}.{below[2]}"
         extras.setdefault(extra[1], {})[name] = finding + (f"  (wants {limits})" if limits else "")
     return extras
 

@@ -680,7 +680,7 @@ class _Run:
     def _cut_log(self) -> None:
         """Drops the rows that were written after the checkpoint: the resumed run writes them again."""
         path = self.out / "metrics.csv"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         steps = [line.partition(",")[0] for line in lines]
         kept = [
             line
