@@ -349,6 +349,16 @@ def test_tensors_in_other_files_are_not_read(folder):
             lewm.load(folder)
 
 
+@pytest.mark.parametrize("count", ["9" * 30, "9" * 5000, "", "1.5", "-"])
+def test_counts_that_are_none(count, folder):
+    graph = onnx.ModelProto.FromString((folder / "encoder.onnx").read_bytes())
+    assert [entry.key for entry in graph.metadata_props] == ["projector.net.1.num_batches_tracked"]
+    graph.metadata_props[0].value = count
+    forged(folder, "encoder", graph.SerializeToString())
+    with pytest.raises(ValueError, match="model file: .*encoder.onnx is not one of lewm's"):
+        lewm.load(folder)
+
+
 def test_graphs_that_lewm_does_not_write_are_not_run(folder):
     """Weights and description are right, an operator is not: one of another domain, another attribute, one more."""
     whole = (folder / "predictor.onnx").read_bytes()

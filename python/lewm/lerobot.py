@@ -4,8 +4,8 @@ Their policies train on demonstrations and are told nothing at run time but a ta
 goal picture, which `set_goal` gives, or the batch itself as a further camera. It takes observations as they are and
 gives actions in raw units: the processors of their loops must not normalise, `processors()` makes such ones.
 
-Importing this module imports torch. Where lerobot is installed too (0.4 or newer), the policy is a `PreTrainedPolicy`,
-which their evaluation asks for; elsewhere it is a torch module with the same methods.
+Importing this module imports torch. Where lerobot is installed too (tested with 0.4.4), the policy is one of its
+`PreTrainedPolicy`, which its evaluation asks for; elsewhere it is a torch module with the same methods.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LeWMPolicy(_Policy):
     `reset`. Rows that LeRobot plays on after their episode has ended, and ignores, do no harm to the others.
 
     Args:
-        model: A `lewm.Model` with action statistics.
+        model: A `lewm.Model` with action statistics, for the bounds and units of actions.
         goal: See `set_goal`.
         camera: Key of the pictures in a batch, as "observation.images.top". None: the only key that begins with
             "observation.image", the goal's set aside.

@@ -112,7 +112,7 @@ def read(folder: Path) -> Read:
     for name, graph in found.items():
         try:
             weights |= _weights(graph)
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"model file: {folder / name}.onnx is not one of lewm's ({brief(error)})") from None
     read = described_model(folder / DESCRIPTION, weights, header)
     want = graphs(read[1], read[0])
