@@ -12,6 +12,7 @@ from lewm import envs
 from lewm._core import StoreError, StoreWriter, __version__
 
 if TYPE_CHECKING:
+    from lewm.camera import Camera, StaleFrame
     from lewm.collector import collect
     from lewm.config import PRESETS, ModelConfig, TrainConfig
     from lewm.controller import Controller
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from lewm.trainer import train
 
 _HOME = {
+    "Camera": "camera",
+    "StaleFrame": "camera",
     "collect": "collector",
     "PRESETS": "config",
     "ModelConfig": "config",
@@ -57,12 +60,14 @@ __all__ = [
     "PRESETS",
     "PROTOCOLS",
     "RECIPES",
+    "Camera",
     "Controller",
     "Dataset",
     "Model",
     "ModelConfig",
     "Plan",
     "ReplayBuffer",
+    "StaleFrame",
     "StoreError",
     "StoreWriter",
     "TrainConfig",
