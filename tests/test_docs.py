@@ -1,0 +1,99 @@
+"""The documentation site builds strictly without a network, and every block of every page runs."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+pytest.importorskip("mkdocstrings")
+
+import lewm
+from blocks import ROOT, Block, blocks, command, cut_short, hub_with_a_model, run
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+# What a page does often, and how often it does so here.
+FEWER: dict[str, dict[str, str]] = {}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_page_is_built(site):
+    for page in DOCS.rglob("*.md"):
+        assert (site / page.relative_to(DOCS).with_suffix(".html")).is_file()
+
+
+def test_the_site_needs_no_network(site):
+    # A link (<a href>) may lead anywhere; what a browser loads by itself is in the site.
+    loaded = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc="?(https?:)?//|<link\b[^>]*\bhref="?https?://""")
+    for page in site.rglob("*.html"):
+        assert not loaded.search(page.read_text(encoding="utf-8")), page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_every_public_name_is_in_the_reference(site):
+    text = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    known = set(re.findall(r"^::: lewm\.(\w+)$|`lewm\.([A-Z]+)`", text, re.M))
+    assert {name for pair in known for name in pair if name} >= set(lewm.__all__) - {"__version__"}
+    for name in re.findall(r"^::: (\S+)$", text, re.M):
+        assert any(f'id="{name}"' in page.read_text(encoding="utf-8") for page in (site / "reference").iterdir()), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_blocks(page, monkeypatch, tmp_path):
+    cut_short(monkeypatch, tmp_path)
+    hub = hub_with_a_model(monkeypatch, tmp_path)
+    fewer = FEWER.get(page.name, {})
+    code = "".join(block.code for block in blocks(page))
+    assert all(often in code for often in fewer), "a page has changed, and FEWER has not"
+    scope = {"__name__": "__main__"}
+    try:
+        for block in blocks(page):
+            for often, seldom in fewer.items():
+                block = block._replace(code=block.code.replace(often, seldom))
+            run(block, page, scope)
+    finally:
+        hub.close()
+
+
+def test_a_language_that_does_not_run_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```text\nread\n```\n\n```ruby\nputs 1\n```\n")
+    with pytest.raises(AssertionError, match=r"page.md:5: 'ruby'"):
+        blocks(page)
+    page.write_text("- in a list\n  ```python\n  x = 1\n  ```\n")
+    with pytest.raises(AssertionError, match="not at the start of its line"):
+        blocks(page)
+
+
+def test_blocks_that_need_other_libraries_are_compiled(tmp_path):
+    scope = {}
+    run(Block("python peers", "import no_such_library\n", 3), tmp_path / "page.md", scope)
+    assert scope == {}
+    with pytest.raises(SyntaxError):
+        run(Block("python lerobot", "import\n", 3), tmp_path / "page.md", scope)
+
+
+def test_a_failing_block_says_where(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n```python\nx = 1\ny = x / 0\n```\n")
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(blocks(page)[0], page, {})
+    assert (caught.traceback[-1].path, caught.traceback[-1].lineno + 1) == (page, 5)
+    for line in ("rm -rf runs", "python -m http.server", "pip install lewm-fast[nothing]", "python no/such/file.py"):
+        with pytest.raises(AssertionError):
+            command(line)
