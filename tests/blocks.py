@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import lewm
 from lewm import cli, collector, evaluation
-from lewm.config import PRESETS, configure
+from lewm.config import PRESETS, ModelConfig, configure
 from lewm.model_file import released_names, tensor_shapes
 from lewm.recipes import RECIPES
 from local_hub import LocalHub
@@ -117,15 +117,30 @@ def cut_short(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(lewm, "collect", collect, raising=False)
 
 
-def hub_with_a_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> LocalHub:
-    """Stands in for the Hugging Face Hub, with a small model of random weights under the official name."""
-    constants = pytest.importorskip("huggingface_hub.constants")
+def random_model() -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """A small model of random weights."""
     config, _ = configure("tiny", 2, {"encoder_heads": 1, "predictor_heads": 2, "predictor_head_dim": 64})
     rng = np.random.default_rng(0)
     weights = {name: rng.uniform(0.1, 0.3, shape).astype(np.float32) for name, shape in tensor_shapes(config).items()}
+    counts = {name: np.array(1) for name in weights if name.endswith("num_batches_tracked")}
+    return config, {**weights, **counts}
+
+
+def leave_the_tutorials_model(folder: Path) -> None:
+    """Puts a model where the tutorial leaves one, for pages that go on from there."""
+    config, weights = random_model()
+    stats = {"mean": [0, 0], "std": [0.5, 0.5], "low": [-1, -1], "high": [1, 1]}
+    path = folder / "runs/two-room/model.safetensors"
+    path.parent.mkdir(parents=True)
+    lewm.Model(config, weights, stats=stats, meta={"preset": "tiny", "planner": PRESETS["tiny"].planner}).save(path)
+
+
+def hub_with_a_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> LocalHub:
+    """Stands in for the Hugging Face Hub, with a small model of random weights under the official name."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    _, weights = random_model()
     state = {name: torch.from_numpy(np.array(value)) for name, value in released_names(weights).items()}
-    counts = {name: torch.tensor(1) for name in state if name.endswith("num_batches_tracked")}
-    torch.save({**state, **counts}, folder / "weights.pt")
+    torch.save(state, folder / "weights.pt")
     hub = LocalHub({"quentinll/lewm-pusht": {"main": {"weights.pt": (folder / "weights.pt").read_bytes()}}})
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
