@@ -17,12 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # File of the repository -> page of the site.
 PAGES = {
+    "README.md": "readme.md",
     "RESULTS.md": "results.md",
     "benches/README.md": "benchmarks.md",
     "kernels/README.md": "kernels.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+_WIDE = ("results.md", "benchmarks.md")  # their tables need the room
 _COPIES = "files"
 _LINK = re.compile(r"(!?\[[^\]\n]*\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
@@ -31,7 +33,8 @@ _FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages of `PAGES`."""
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+        head = "---\nhide: [navigation, toc]\n---\n" if page in _WIDE else ""
+        files.append(File.generated(config, page, content=head + (ROOT / source).read_text(encoding="utf-8")))
     return files
 
 
@@ -59,8 +62,6 @@ def _page_of(source: str, config: Any, files: Files) -> str:
     """What the site calls a file of the repository; one that is no page is copied. mkdocs reports what is not there."""
     if source in PAGES:
         return PAGES[source]
-    if source == "README.md":
-        return "index.md"
     if source.startswith("docs/"):
         return source.removeprefix("docs/")
     copy = f"{_COPIES}/{source}"

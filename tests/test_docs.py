@@ -15,7 +15,7 @@ import lewm
 from blocks import ROOT, Block, blocks, command, cut_short, hub_with_a_model, leave_the_tutorials_model, run
 
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "```" in page.read_text(encoding="utf-8")]
 
 # What a page does often, and how often it does so here.
 FEWER: dict[str, dict[str, str]] = {}
@@ -53,18 +53,19 @@ def test_every_public_name_is_in_the_reference(site):
         assert any(f'id="{name}"' in page.read_text(encoding="utf-8") for page in (site / "reference").iterdir()), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(DOCS).as_posix() for page in PAGES])
 def test_blocks(page, monkeypatch, tmp_path):
+    found = blocks(page)
     cut_short(monkeypatch, tmp_path)
     hub = hub_with_a_model(monkeypatch, tmp_path)
     if "runs/two-room/model.safetensors" in page.read_text(encoding="utf-8") and page.stem != "tutorial":
         leave_the_tutorials_model(tmp_path)
     fewer = FEWER.get(page.name, {})
-    code = "".join(block.code for block in blocks(page))
+    code = "".join(block.code for block in found)
     assert all(often in code for often in fewer), "a page has changed, and FEWER has not"
     scope = {"__name__": "__main__"}
     try:
-        for block in blocks(page):
+        for block in found:
             for often, seldom in fewer.items():
                 block = block._replace(code=block.code.replace(often, seldom))
             run(block, page, scope)
