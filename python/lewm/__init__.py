@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lewm.collector import collect
     from lewm.config import PRESETS, ModelConfig, TrainConfig
     from lewm.controller import Controller
+    from lewm.conversion import convert
     from lewm.data import Dataset
     from lewm.evaluation import PLANNERS, PROTOCOLS, evaluate
     from lewm.model import Model, load, use
@@ -33,6 +34,7 @@ _HOME = {
     "ModelConfig": "config",
     "TrainConfig": "config",
     "Controller": "controller",
+    "convert": "conversion",
     "Dataset": "data",
     "PLANNERS": "evaluation",
     "PROTOCOLS": "evaluation",
@@ -74,6 +76,7 @@ __all__ = [
     "__version__",
     "collect",
     "compare",
+    "convert",
     "evaluate",
     "load",
     "plan",

@@ -28,6 +28,12 @@ _Planner = Annotated[
         help="One of lewm.PLANNERS (paper, small, tiny, official, icem, mppi), a setting, as samples=64, or both.",
     ),
 ]
+_Stats = Annotated[
+    Path | None,
+    typer.Option(
+        help="Action statistics to use: a store, or JSON of mean, std, low, high. Official checkpoints lack them."
+    ),
+]
 _Result = Annotated[Path, typer.Argument(help="Result JSON of lewm evaluate.")]
 
 
@@ -75,6 +81,54 @@ def _frames(path: Path) -> int:
     from lewm.data import Dataset
 
     return Dataset(path).frame_count if path.is_dir() and any(path.iterdir()) else 0
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="HDF5, Lance, video, LeRobot, Minari, folder of videos, or store.")],
+    dst: Annotated[Path, typer.Argument(help="NAME.lewm, NAME.h5, or a name without suffix: a LeRobot folder.")],
+    format: Annotated[str | None, typer.Option(help="Of SRC; told by what it holds when not given.")] = None,
+    camera: Annotated[str | None, typer.Option(help="Image column, where there are several.")] = None,
+    action: Annotated[str | None, typer.Option(help="Action column, where it is not the usual one.")] = None,
+    low: Annotated[str | None, typer.Option(help="Lower raw bounds of actions, as -1,-1, or one for all.")] = None,
+    high: Annotated[str | None, typer.Option(help="Upper raw bounds of actions.")] = None,
+    bounds: Annotated[
+        str | None, typer.Option(metavar="data", help="Take the least and greatest recorded actions for bounds.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the frames to make, in pixels.")] = None,
+    episodes: Annotated[int | None, typer.Option(help="How many, the first ones; all by default.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second, where SRC does not say.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the estimate, and do nothing.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted conversion to DST has left.")
+    ] = False,
+) -> None:
+    """Convert episodes to a store, or a store to HDF5 or LeRobot. Run again after an interruption, it goes on."""
+    from lewm.conversion import Conversion
+    from lewm.progress import Bar
+
+    names = {"format": format, "camera": camera, "action": action, "bounds": bounds}
+    values = {
+        "low": _numbers("low", low),
+        "high": _numbers("high", high),
+        "size": size,
+        "episodes": episodes,
+        "fps": fps,
+    }
+    with Bar("") as bar:
+        conversion = Conversion(src, dst, **names, **values, restart=restart, progress=bar.count)
+    with conversion:
+        typer.echo(conversion.estimate())
+        if dry_run:
+            return
+        try:
+            with Bar("") as bar:
+                conversion.progress = bar.count
+                report = conversion.run()
+        except KeyboardInterrupt:
+            typer.echo("\nstopped; the same command goes on after the last episode that was written", err=True)
+            raise typer.Exit(130) from None
+    typer.echo(report)
 
 
 @app.command()
@@ -164,6 +218,7 @@ def recipes() -> None:
 @app.command()
 def evaluate(
     model: _Model,
+    stats: _Stats = None,
     protocol: Annotated[str, typer.Option(help="Named protocol.")] = "two-room-25-50",
     pairs: Annotated[int | None, typer.Option(help="Start and goal pairs; the protocol's by default.")] = None,
     data: Annotated[Path | None, typer.Option(help="Take pairs from the held-out episodes of this store.")] = None,
@@ -181,10 +236,9 @@ def evaluate(
     from dataclasses import replace
 
     from lewm.evaluation import PROTOCOLS, evaluate
-    from lewm.model import load
     from lewm.progress import Bar
 
-    loaded = load(model)
+    loaded = _loaded(model, stats)
     with Bar("pairs") as bar:
         result = evaluate(
             loaded,
@@ -227,14 +281,14 @@ def plan(
     model: _Model,
     obs: Annotated[Path, typer.Argument(help="Picture of now.")],
     goal: Annotated[Path, typer.Argument(help="Picture of the goal.")],
+    stats: _Stats = None,
     seed: _Seed = 0,
     planner: _Planner = None,
 ) -> None:
     """Plan from one picture to another; prints JSON."""
-    from lewm.model import load
     from lewm.planner import plan
 
-    loaded = load(model)
+    loaded = _loaded(model, stats)
     found = plan(_picture(obs), _picture(goal), model=loaded, seed=seed, planner=_planner(loaded, planner))
     answer = {
         "action": found.action.tolist(),
@@ -248,11 +302,9 @@ def plan(
 
 
 @app.command()
-def describe(model: _Model) -> None:
+def describe(model: _Model, stats: _Stats = None) -> None:
     """What a model file holds: architecture, units, bounds, origin."""
-    from lewm.model import load
-
-    typer.echo(load(model).describe())
+    typer.echo(_loaded(model, stats).describe())
 
 
 @app.command()
@@ -372,6 +424,34 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
+def _loaded(model: Path, stats: Path | None) -> Any:
+    """The model, with the action statistics of a store or a JSON file where they are given."""
+    from lewm.model import load
+
+    if stats is None or stats.is_dir():
+        return load(model, stats=stats)
+    try:
+        numbers = json.loads(stats.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"stats must be a store or JSON of mean, std, low, high; {stats} is neither: {error}"
+        ) from None
+    if not isinstance(numbers, dict):
+        raise ValueError(f"stats must be an object of mean, std, low, high, got {type(numbers).__name__} in {stats}")
+    return load(model, stats=numbers)
+
+
+def _numbers(name: str, text: str | None) -> list[float] | float | None:
+    """ "-1,-0.5" -> [-1.0, -0.5]; one number is that of every action."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be numbers with commas between them, as -1,-1, got {text!r}") from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def _picture(path: Path) -> Any:
     """The picture in a file, (H, W, 3) uint8 RGB."""
     import numpy as np
@@ -426,7 +506,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError, StoreError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, ModuleNotFoundError, FloatingPointError, StoreError) as error:
         typer.secho("error: ", fg="red", err=True, nl=False)
         typer.echo(error, err=True)
         sys.exit(2)

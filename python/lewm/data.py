@@ -6,7 +6,7 @@ import json
 import operator
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,60 @@ class Dataset(WindowSource):
         self.columns = self._store.columns
         self._memory: list[np.ndarray] | None = [] if in_memory else None
         self._load()
+
+    @classmethod
+    def open(cls, src: str | os.PathLike[str], store: str | os.PathLike[str] | None = None, **options: Any) -> Dataset:
+        """Opens a store, or data of another format, which become a store the first time.
+
+        Args:
+            src: A `.lewm` store, or what `lewm.convert` reads.
+            store: Where the converted store is, or is to be; beside `src` under its name with `.lewm` by default.
+            options: For `lewm.convert`: `camera`, `low`, `high`, `size`, `progress` and so on.
+
+        Raises:
+            ValueError: The store that is there was made from something else, with other options, or `src` has changed
+                since; or whatever `lewm.convert` refuses.
+        """
+        from lewm.conversion import open_dataset
+
+        return open_dataset(src, store, **options)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        frames: np.ndarray,
+        actions: ArrayLike,
+        episode_ends: ArrayLike,
+        path: str | os.PathLike[str],
+        *,
+        low: ArrayLike,
+        high: ArrayLike,
+        columns: dict[str, ArrayLike] | None = None,
+        fps: float | None = None,
+        progress: Callable[[int, int, str], object] | None = None,
+    ) -> Dataset:
+        """Writes episodes that are in arrays to a new store, all or nothing, and opens it.
+
+        Args:
+            frames: uint8 of shape (N, H, W, 3), the episodes one after the other; may be a memory map.
+            actions: Numbers of shape (N, A), raw units: row t leads from frame t to frame t+1. An episode's last row
+                leads nowhere and may be NaN.
+            episode_ends: Row after the last one of each episode, ascending integers (E,), the last of them N.
+            path: Store to write, `NAME.lewm`.
+            low, high: Raw bounds of actions, a number or A of them, which planning keeps to.
+            columns: Further numbers for each frame, (N,) or (N, C), kept as float64.
+            fps: Frames a second, for the metadata.
+            progress: As that of `lewm.convert`.
+
+        Raises:
+            FileExistsError: `path` is there.
+            ValueError: An argument is not that; nothing is written.
+        """
+        from lewm.conversion import dataset_from_arrays
+
+        return dataset_from_arrays(
+            frames, actions, episode_ends, path, low=low, high=high, columns=columns, fps=fps, progress=progress
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.skip_damaged, self._memory is not None)
