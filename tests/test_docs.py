@@ -17,8 +17,16 @@ from blocks import ROOT, Block, blocks, command, cut_short, hub_with_a_model, le
 DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "```" in page.read_text(encoding="utf-8")]
 
+OWN_ROBOT = DOCS / "own-robot.md"
 # What a page does often, and how often it does so here.
-FEWER: dict[str, dict[str, str]] = {}
+FEWER = {
+    "own-robot.md": {
+        "range(200)": "range(6)",
+        "steps=600": "steps=12",
+        "trials = 0, 0, 100": "trials = 0, 0, 2",
+        "range(50)": "range(20)",
+    }
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +61,43 @@ def test_every_public_name_is_in_the_reference(site):
         assert any(f'id="{name}"' in page.read_text(encoding="utf-8") for page in (site / "reference").iterdir()), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(DOCS).as_posix() for page in PAGES])
-def test_blocks(page, monkeypatch, tmp_path):
-    found = blocks(page)
+@pytest.fixture
+def run_page(monkeypatch, tmp_path):
+    """Runs all blocks of a page, and gives what its Python leaves behind."""
     cut_short(monkeypatch, tmp_path)
     hub = hub_with_a_model(monkeypatch, tmp_path)
-    if "runs/two-room/model.safetensors" in page.read_text(encoding="utf-8") and page.stem != "tutorial":
-        leave_the_tutorials_model(tmp_path)
-    fewer = FEWER.get(page.name, {})
-    code = "".join(block.code for block in found)
-    assert all(often in code for often in fewer), "a page has changed, and FEWER has not"
-    scope = {"__name__": "__main__"}
-    try:
+
+    def runs(page):
+        text, found, fewer = page.read_text(encoding="utf-8"), blocks(page), FEWER.get(page.name, {})
+        assert all(often in text for often in fewer), "the page has changed, and FEWER has not"
+        if "runs/two-room/model.safetensors" in text and page.name != "tutorial.md":
+            leave_the_tutorials_model(tmp_path)
+        scope = {"__name__": "__main__"}
         for block in found:
             for often, seldom in fewer.items():
                 block = block._replace(code=block.code.replace(often, seldom))
             run(block, page, scope)
-    finally:
-        hub.close()
+        return scope
+
+    yield runs
+    hub.close()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(DOCS).as_posix() for page in PAGES])
+def test_blocks(page, run_page, capsys):
+    scope = run_page(page)
+    if page == OWN_ROBOT:
+        assert re.search(r"holding: the newest picture of camera, number \d+, is \d+ ms old", capsys.readouterr().out)
+        assert scope["data"].lengths.tolist() == [101] * 6
+        assert scope["model"].stats["high"].tolist() == [0.6, 0.3]
+        assert scope["executed"].shape == (2,)  # the camera came back
+
+
+def test_the_page_about_a_robot_is_the_example():
+    text = (ROOT / "examples/own_robot.py").read_text(encoding="utf-8")
+    example = text[text.index("import time") :].splitlines()
+    page = [line for block in blocks(OWN_ROBOT) if block.language == "python" for line in block.code.splitlines()]
+    assert list(filter(None, page)) == list(filter(None, example))
 
 
 def test_a_language_that_does_not_run_is_refused(tmp_path):
