@@ -7,8 +7,12 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
+pytest.importorskip("h5py")
+pytest.importorskip("pyarrow")
+pytest.importorskip("av")
 
 from blocks import ROOT, blocks, command, cut_short, hub_with_a_model, run
+from recorded import columns_of, episodes, write_hdf5
 
 README = ROOT / "README.md"
 BLOCKS = blocks(README)
@@ -17,6 +21,7 @@ BLOCKS = blocks(README)
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
     cut_short(monkeypatch, tmp_path)
+    write_hdf5(tmp_path / "pusht.h5", columns_of(episodes(size=64)))
 
 
 @pytest.fixture
@@ -42,6 +47,8 @@ def test_python_blocks(capsys):
     assert "torch.Size([4, 4, 64, 64, 3]) torch.Size([4, 3, 10])" in printed
     assert abs(scope["plan"].actions).max() <= 1
     assert scope["plan"].action.shape == (2,)
+    assert "pusht-robot (lerobot): 4 episodes, 26 frames" in printed
+    assert scope["data"].lengths.tolist() == [30, 50]
     assert scope["official"].bounds()[0].shape == (10,)
     assert sorted(path.name for path in Path("for-them").iterdir()) == ["config.json", "weights.pt"]
 
@@ -49,7 +56,8 @@ def test_python_blocks(capsys):
 def test_shell_blocks():
     lines = [line for block in BLOCKS if block.language == "sh" for line in block.code.splitlines()]
     ran = {" ".join(command(line)[:2]) for line in lines}
-    assert {"make demo", "make test", "lewm collect", "lewm train", "lewm evaluate", "pip install"} <= ran
+    assert {"make demo", "make test", "pip install"} <= ran
+    assert {"lewm collect", "lewm convert", "lewm train", "lewm evaluate"} <= ran
 
 
 def test_links_lead_somewhere():
