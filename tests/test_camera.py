@@ -61,10 +61,10 @@ def test_public_names():
 def test_it_waits_for_the_first_picture(driver, grabbed):
     threading.Timer(0.05, driver.give, [7]).start()
     before = time.monotonic()
-    frame = grabbed.latest(1000, timeout_ms=5000)
+    frame = grabbed.latest(1e4, timeout_ms=5000)
     assert frame.number == 1
     assert before < frame.time <= time.monotonic()
-    assert 0 <= frame.age_ms < 1000
+    assert 0 <= frame.age_ms < 1e4
     np.testing.assert_array_equal(frame.picture, np.full((4, 6, 3), 7))
 
 
@@ -93,7 +93,7 @@ def test_a_camera_that_has_given_nothing_is_stale_without_an_age(grabbed):
     started = time.monotonic()
     with pytest.raises(StaleFrame, match=r"no picture yet after waiting for 30 ms"):
         grabbed.latest(50, timeout_ms=30)
-    assert 0.03 <= time.monotonic() - started < 2
+    assert 0.03 <= time.monotonic() - started < 5
 
 
 def test_a_camera_that_stalls_goes_stale_and_comes_back(driver, grabbed):
@@ -105,23 +105,14 @@ def test_a_camera_that_stalls_goes_stale_and_comes_back(driver, grabbed):
     assert 60 <= caught.value.age_ms < 5000
     assert grabbed.latest(1e4).number == 1  # old, but as young as asked for
     driver.give(2)
-    assert grabbed.latest(1000, timeout_ms=5000, after=1).number == 2
+    assert grabbed.latest(1e4, timeout_ms=5000, after=1).number == 2
 
 
-def test_a_slow_camera_holds_up_nobody():
-    stop = threading.Event()
-
-    def read():  # five pictures a second
-        stop.wait(0.2)
-        return PICTURE
-
-    with Camera(read) as slow:
-        first = slow.latest(1e4, timeout_ms=5000)
-        started = time.monotonic()
-        seen = [slow.latest(1e4).number for _ in range(100)]
-        assert time.monotonic() - started < 0.15
-        assert set(seen) <= {first.number, first.number + 1}
-        stop.set()
+def test_a_slow_camera_holds_up_nobody(driver, grabbed):
+    driver.give(1)
+    grabbed.latest(1e4, timeout_ms=5000)
+    # Until it is given something, read() hangs, and nobody waits for it.
+    assert {grabbed.latest(1e4).number for _ in range(1000)} == {1}
 
 
 def test_a_fast_camera_is_never_queued():
@@ -134,9 +125,9 @@ def test_a_fast_camera_is_never_queued():
         return PICTURE
 
     with Camera(read) as fast:
-        fast.latest(1e4, timeout_ms=5000)
         eventually(lambda: count > 20)
-        assert fast.latest(1e4).number >= count - 2
+        known = count
+        assert fast.latest(1e4).number >= known - 1  # all but the one in the making
 
 
 @pytest.mark.parametrize("seen", [0, 1])

@@ -26,7 +26,7 @@ FEWER = {
         "range(200)": "range(6)",
         "steps=600": "steps=12",
         "trials = 0, 0, 100": "trials = 0, 0, 2",
-        "range(50)": "range(20)",
+        "range(50)": "range(30)",
     }
 }
 
