@@ -255,6 +255,7 @@ def test_columns_that_are_not_finite_are_left_out_and_named(tmp_path, made):
         ("x.zip", {}, ValueError, r"dst must end in .lewm .* got 'x.zip'"),
         ("none/x.lewm", {}, FileNotFoundError, "no such folder: .*none"),
         ("d.h5", {}, FileExistsError, "d.h5 is there already; it is not replaced"),
+        ("folder/x.lewm", {"src": "folder"}, ValueError, "dst must not be within the source: .*folder/x.lewm"),
         ("x.lewm", {"size": 0}, ValueError, "size must be an integer of at least 1"),
         ("x.lewm", {"size": 8.5}, TypeError, "size must be an integer"),
         ("x.lewm", {"episodes": 7}, ValueError, "episodes must be an integer of at least 1 and below 7, got 7"),
@@ -266,10 +267,12 @@ def test_columns_that_are_not_finite_are_left_out_and_named(tmp_path, made):
     ],
 )
 def test_arguments_that_cannot_be(tmp_path, src, dst, options, error, text):
-    before = names(tmp_path)
+    (tmp_path / "folder").mkdir()
+    given = {**BOUNDS, **options}
     with pytest.raises(error, match=text):
-        convert(src, tmp_path / dst, **{**BOUNDS, **options})
-    assert names(tmp_path) == before
+        convert(tmp_path / given.pop("src", src), tmp_path / dst, **given)
+    assert names(tmp_path) == ["d.h5", "folder"]
+    assert not names(tmp_path / "folder")
 
 
 def test_sources_that_are_none(tmp_path):
@@ -460,6 +463,7 @@ def test_what_an_earlier_moment_left_is_used_or_thrown_away(tmp_path, src, finge
     work = tmp_path / ".d.lewm.converting"
     for leave in (
         lambda: (work / "record.json").write_text("{"),
+        lambda: (work / "record.json").write_text("null"),
         lambda: (work / "store.lewm").mkdir(),
         lambda: (work / "export").write_text("half"),
     ):
@@ -626,6 +630,12 @@ def test_arrays_are_written_in_one_go(tmp_path, arrays):
         with pytest.raises((KeyboardInterrupt, OSError)):
             Dataset.from_arrays(*arrays[:3], tmp_path / "d.lewm", **BOUNDS, progress=interrupt_after(20, stop))
         assert not names(tmp_path)
+    # What another process has there is not touched.
+    (tmp_path / ".d.lewm.converting").mkdir()
+    (tmp_path / "d.lewm").touch()
+    with pytest.raises(FileExistsError):
+        Dataset.from_arrays(*arrays[:3], tmp_path / "d.lewm", **BOUNDS)
+    assert names(tmp_path) == [".d.lewm.converting", "d.lewm"]
     with pytest.raises(ValueError, match="path must end in .lewm, got"):
         Dataset.from_arrays(*arrays[:3], tmp_path / "d.h5", **BOUNDS)
 

@@ -73,7 +73,7 @@ def convert(
 
     Args:
         src: Official HDF5, stable-worldmodel's Lance or video, LeRobot v2.1 or v3, Minari, a folder of videos with
-            their actions (see `lewm.formats`), or a `.lewm` store.
+            their actions (see `lewm.formats`), a `.lewm` store, or an open `lewm.formats.Source`, which is closed.
         dst: What to make, told by its name: `NAME.lewm` a store, `NAME.h5` or `NAME.hdf5` the official HDF5, a name
             without suffix the folder of a LeRobot data set, whose video loses a little of each frame.
         format: One of `lewm.formats.FORMATS`; told by what is at `src` when not given.
@@ -208,6 +208,9 @@ class Conversion:
         self._estimate: Estimate | None = None
         self._work = self.dst.parent / f".{self.dst.name}.converting"
         self._src = None if isinstance(src, Source) else Path(src)
+        self._identity = None if self._src is None or not self._src.exists() else _identity(self._src)
+        if self._src is not None and self._src.resolve() in self.dst.resolve().parents:
+            raise ValueError(f"dst must not be within the source: {self.dst}")
         reading = {name: options[name] for name in ("camera", "action") if options.get(name) is not None}
         if isinstance(src, Source):
             self.source = src
@@ -261,7 +264,9 @@ class Conversion:
             verify_store(Path(folder, "sample.lewm"))
             size = stored = _bytes(Path(folder, "sample.lewm"))
             if self.kind != "store":
-                self._export(Dataset(Path(folder, "sample.lewm")), Path(folder, "sample"), quiet=True)
+                data = Dataset(Path(folder, "sample.lewm"))
+                self._export(data, Path(folder, "sample"), None)
+                self._compare(data, Path(folder, "sample"), None)
                 size = _bytes(Path(folder, "sample"))
             working = time.perf_counter() - started - reading
         total = int(self._lengths.sum())
@@ -309,12 +314,13 @@ class Conversion:
             self._done = self._written()  # another process may have come between
             try:
                 made, psnr = self._make()
-            except (ValueError, StoreError):
-                _cleared(self._work)
+                _check_free(self.dst)
+                os.rename(made, self.dst)
+                _sync(self.dst.parent)
+            except BaseException as error:
+                if self._record is None or isinstance(error, ValueError | StoreError):
+                    _cleared(self._work)
                 raise
-            _check_free(self.dst)
-            os.rename(made, self.dst)
-            _sync(self.dst.parent)
             _cleared(self._work)
         frames, written = int(self._lengths.sum()), _bytes(self.dst)
         return Report(
@@ -360,7 +366,6 @@ class Conversion:
             raise ValueError(f"fps must be above 0 and finite, got {fps!r}")
         if self.kind == "lerobot" and fps is None:
             raise ValueError(f"{source.path} does not say how many frames a second it has, which LeRobot needs: fps=")
-        self._identity = None if self._src is None else _identity(self._src)
         given = json.loads(json.dumps(options, default=_plain))
         self._record = None if self._identity is None else {"source": self._identity, "options": given}
         self._through_store = self.kind == "store" or not (
@@ -444,7 +449,7 @@ class Conversion:
             there = json.loads((self._work / "record.json").read_text())
         except (OSError, ValueError):
             return 0
-        if self._restart or self._record is None:
+        if self._restart or self._record is None or not isinstance(there, dict):
             return 0
         if there != self._record:
             parts = [name for name in ("source", "options") if there.get(name) != self._record[name]]
@@ -468,12 +473,13 @@ class Conversion:
         psnr = None
         if self.kind != "store":
             data = Dataset(store) if self._through_store else self.source.data  # type: ignore[attr-defined]
-            self._export(data, export)
-            psnr = self._compare(data, export)
+            self._export(data, export, self._say)
+            psnr = self._compare(data, export, self._say)
         if self._src is not None and _identity(self._src) != self._identity:
             raise ValueError(f"{self._src} has changed while it was converted")
         made = store if self.kind == "store" else export
-        _sync(made)
+        for path in (*made.rglob("*"), made):
+            _sync(path)
         return made, psnr
 
     def _fill(self, store: Path) -> None:
@@ -503,16 +509,16 @@ class Conversion:
     def _fitted(self, frames: np.ndarray) -> np.ndarray:
         return frames if self._options["size"] is None else fitted(frames, self._height, "frames")
 
-    def _export(self, data: Dataset, path: Path, quiet: bool = False) -> None:
+    def _export(self, data: Dataset, path: Path, say: Progress | None) -> None:
         settings = {"fps": self.metadata["fps"]} if self.kind == "lerobot" else {}
 
-        def progress(done: int, total: int, *_: object) -> None:
-            if not quiet:
-                self._say(done, total, f"exported to {self.kind}")
+        def progress(done: int, total: int) -> None:
+            if say is not None:
+                say(done, total, "frames exported")
 
         module_of(self.kind).write(data, path, progress=progress, **settings)
 
-    def _compare(self, data: Dataset, path: Path) -> tuple[float, float] | None:
+    def _compare(self, data: Dataset, path: Path, say: Progress | None) -> tuple[float, float] | None:
         """Reads all of an export again; PSNR of its episodes, least and mean, where it is not lossless."""
         found: list[float] = []
         with opened(path, self.kind) as made:
@@ -531,7 +537,8 @@ class Conversion:
                     same = same and np.array_equal(*rows)
                 if not same:
                     raise StoreError(f"episode {episode} of {path} does not hold what was written")
-                self._say(episode + 1, len(data), "episodes verified")
+                if say is not None:
+                    say(episode + 1, len(data), "episodes verified")
         return (min(found), float(np.mean(found))) if found else None
 
 
@@ -578,11 +585,7 @@ def dataset_from_arrays(
     if Path(path).suffix != ".lewm":
         raise ValueError(f"path must end in .lewm, got {os.fspath(path)!r}")
     source = ArrayReader(frames, actions, episode_ends, columns or {})
-    try:
-        convert(source, path, low=low, high=high, fps=fps, progress=progress)
-    except BaseException:
-        shutil.rmtree(Path(path).absolute().parent / f".{Path(path).name}.converting", ignore_errors=True)
-        raise
+    convert(source, path, low=low, high=high, fps=fps, progress=progress)
     return Dataset(path)
 
 
@@ -680,10 +683,10 @@ def _cleared(folder: Path, kept: Sequence[str] = ()) -> None:
             path.unlink()
 
 
-def _sync(folder: Path) -> None:
-    """Names in the folder are on the disk; where the system has no such call, it has another order of its own."""
+def _sync(path: Path) -> None:
+    """What is in a file, or the names in a folder, is on the disk, where the system has such a call."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
