@@ -25,7 +25,7 @@ def test_report_says_everything():
     assert "Extra train" in found
     assert set(found["Machine"]) == {"lewm-fast", "Python", "system", "processor", "features"}
     assert found["Machine"]["lewm-fast"] == __version__
-    assert list(found["Back ends"]) == ["cpu", "cuda", "torch"]
+    assert list(found["Back ends"]) == ["cpu", "cuda", "torch", "onnx"]
     assert found["Back ends"]["cpu"].startswith("works: float32 (")
     text = report()
     for heading, findings in found.items():
@@ -82,7 +82,7 @@ def test_nothing_raises(monkeypatch):
     line = "RuntimeError: out of order"
     assert found["Machine"] == found["Drawing without a window"] == found["Extras"] == {"?": line}
     assert set(found["Back ends"].values()) == {line}
-    assert report().count(line) == 6
+    assert report().count(line) == 7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MuJoCo chooses")

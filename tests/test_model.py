@@ -281,12 +281,12 @@ def test_both_transformers_layouts_load_and_agree():
 
 
 def test_an_engine_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match='backend must be "auto", "cpu", "cuda" or "torch", got \'gpu\''):
+    with pytest.raises(ValueError, match='backend must be "auto", "cpu", "cuda", "torch" or "onnx", got \'gpu\''):
         make(backend="gpu")
     for backend in ("torch", "cpu"):
         with pytest.raises(ValueError, match="precision must be auto or one of .*got 'int4'"):
             make("int4", backend=backend)
-    with pytest.raises(ValueError, match='device is for the backends "cuda" and "torch"'):
+    with pytest.raises(ValueError, match='device is for the backends "cuda", "torch" and "onnx"'):
         lewm.Model.from_state_dict(rule.weights(1), backend="cpu", device="cpu")
 
 

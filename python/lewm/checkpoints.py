@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lewm import onnx_graphs
 from lewm.config import PRESETS, ModelConfig
 from lewm.model_file import (
     Read,
@@ -58,7 +59,7 @@ def located(src: str | os.PathLike[str], revision: str | None = None) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"model file: no such file: {path}")
         return path
-    for name in _NAMES:
+    for name in (*_NAMES, onnx_graphs.DESCRIPTION):
         if (path / name).is_file():
             return path / name
     found = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES and file.is_file())
@@ -74,12 +75,16 @@ def read(path: Path, action_dim: int | None) -> Read:
     """Weights, configuration, action statistics and the rest of the header of a model file or an official checkpoint.
 
     Args:
-        path: The file.
+        path: The file; of an ONNX model its `model.json`.
         action_dim: Width of a raw action, which official checkpoints do not tell; a fifth of a block when not given.
 
     Raises:
         ValueError: It is neither, or does not fit together.
     """
+    if path.name == onnx_graphs.DESCRIPTION:
+        return onnx_graphs.read(path.parent)
+    if path.suffix == ".onnx":
+        raise ValueError(f"model file: {path} is one graph of an ONNX model: name the folder, {path.parent}")
     if path.suffix in _PICKLES:
         tensors = _unpickled(path)
     else:

@@ -308,6 +308,22 @@ def describe(model: _Model, stats: _Stats = None) -> None:
 
 
 @app.command()
+def export(
+    model: _Model,
+    path: Annotated[Path, typer.Argument(help="Folder to write.")],
+    form: Annotated[
+        str, typer.Option("--format", help="onnx, or official: what le-wm and stable-worldmodel load.")
+    ] = "onnx",
+    transformers: Annotated[int, typer.Option(help="Of official: the major release that is to load it, 4 or 5.")] = 5,
+) -> None:
+    """Write a model for other programs."""
+    from lewm.model import load
+
+    load(model, backend="cpu", precision="float32").export(form, path, transformers=transformers)
+    typer.echo("\n".join(str(file) for file in sorted(path.iterdir())))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo in it is replaced.")] = Path("runs/demo"),
     seed: _Seed = 0,

@@ -109,7 +109,7 @@ def _processor() -> tuple[set[str], str]:
 
 
 def _back_ends() -> dict[str, str]:
-    return {"cpu": _try(_cpu), "cuda": _try(_cuda), "torch": _try(_torch)}
+    return {"cpu": _try(_cpu), "cuda": _try(_cuda), "torch": _try(_torch), "onnx": _try(_onnx)}
 
 
 def _try(check: Callable[[], str]) -> str:
@@ -156,6 +156,17 @@ def _torch() -> str:
     import torch
 
     return f"works: torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _onnx() -> str:
+    missing = _missing("onnx", "onnxruntime")
+    if missing:
+        return f"{missing} is not installed: {_install('onnx')}"
+    import onnx
+    import onnxruntime
+
+    providers = ", ".join(onnxruntime.get_available_providers())
+    return f"works: onnxruntime {onnxruntime.__version__}, onnx {onnx.__version__}; {providers}"
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lewm import checkpoints, pixels
+from lewm import checkpoints, onnx_graphs, pixels
 from lewm.config import PRESETS, ModelConfig, configure
 from lewm.model_file import STATS, checked_stats, current_names, write_model
 
@@ -256,18 +256,23 @@ class Model:
 
         Args:
             form: "official": a folder of `weights.pt` and `config.json`, for stable-worldmodel's `load_pretrained` and
-                for le-wm. Action statistics are not in it: that code takes them from the data again.
+                for le-wm. Action statistics are not in it: that code takes them from the data again. "onnx": a new
+                folder of `encoder.onnx`, `predictor.onnx` and `model.json`, see `lewm.onnx_graphs`.
             path: Where.
             transformers: For "official": 4 or 5, the major release of transformers that is to load it, which named the
                 tensors of the ViT anew.
 
         Raises:
             ValueError: There is no such form, or it cannot hold this model.
+            FileExistsError: An ONNX model is to be written where there is something.
             ModuleNotFoundError: What writes it is not installed.
         """
-        if form != "official":
-            raise ValueError(f'form must be "official", got {form!r}')
-        checkpoints.write(path, self._engine.weights(), self.config, transformers)
+        if form not in ("official", "onnx"):
+            raise ValueError(f'form must be "official" or "onnx", got {form!r}')
+        if form == "onnx":
+            onnx_graphs.write(path, self._engine.weights(), self.config, self.stats, self.meta)
+        else:
+            checkpoints.write(path, self._engine.weights(), self.config, transformers)
 
     def describe(self) -> str:
         """Units, bounds and origin in a few lines, to be read by a person."""
@@ -328,11 +333,12 @@ class Model:
 
 def _engine(config: ModelConfig, weights: dict[str, Any], backend: str, precision: str, device: str | None) -> Any:
     """What runs a model."""
-    if backend not in ("auto", "cpu", "cuda", "torch"):
-        raise ValueError(f'backend must be "auto", "cpu", "cuda" or "torch", got {backend!r}')
+    if backend not in ("auto", "cpu", "cuda", "torch", "onnx"):
+        raise ValueError(f'backend must be "auto", "cpu", "cuda", "torch" or "onnx", got {backend!r}')
     if backend == "cpu" and device is not None:
         raise ValueError(
-            f'device is for the backends "cuda" and "torch"; backend "cpu" runs on this processor, got {device!r}'
+            f'device is for the backends "cuda", "torch" and "onnx"; backend "cpu" runs on this processor, got '
+            f"{device!r}"
         )
     if backend == "auto":
         backend = _best(config, precision, device)
@@ -341,14 +347,19 @@ def _engine(config: ModelConfig, weights: dict[str, Any], backend: str, precisio
 
         return CpuBackend(config, weights, precision)
     try:
+        if backend == "onnx":
+            from lewm.onnx_backend import OnnxBackend
+
+            return OnnxBackend(config, weights, precision, device)
         if backend == "cuda":
             from lewm.cuda_backend import CudaBackend
 
             return CudaBackend(config, weights, precision, device)
         from lewm.torch_backend import TorchBackend
     except ModuleNotFoundError as error:
+        extra = "onnx" if backend == "onnx" else "train"
         raise ModuleNotFoundError(
-            f"backend \"{backend}\" needs {error.name}: pip install 'lewm-fast[train]'"
+            f"backend \"{backend}\" needs {error.name}: pip install 'lewm-fast[{extra}]'"
         ) from error
     return TorchBackend(config, weights, precision, device)
 
@@ -391,18 +402,21 @@ def load(
     Args:
         src: A `.safetensors` file that lewm wrote, which holds all that planning needs; an official checkpoint
             (`weights.pt`, `*_weight.ckpt`; needs torch), which lacks action statistics; a folder with one of them, a
-            run's for example; or a repository of the Hugging Face Hub, "owner/name", which is downloaded once, checked,
-            and then taken from huggingface_hub's cache (needs the extra `data`).
+            run's for example; the folder of an ONNX model that lewm wrote (needs the extra `onnx`); or a repository of
+            the Hugging Face Hub, "owner/name", which is downloaded once, checked, and then taken from
+            huggingface_hub's cache (needs the extra `data`).
         stats: Action statistics to use instead of the file's: a dict (see `Model`), a `lewm.Dataset`, or the path of a
             store. Official checkpoints need them to plan.
         revision: Branch, tag or commit of the repository.
-        backend: "cpu" (the Rust engine), "cuda" (Triton kernels on a GPU), "torch" (PyTorch, the reference), or "auto":
-            cuda where torch sees a GPU that passes the check of `lewm.cuda_backend.self_check`, torch where it does
-            not or where another device or float64 is asked for, else the CPU.
+        backend: "cpu" (the Rust engine), "cuda" (Triton kernels on a GPU), "torch" (PyTorch, the reference), "onnx"
+            (onnxruntime), or "auto": cuda where torch sees a GPU that passes the check of
+            `lewm.cuda_backend.self_check`, torch where it does not or where another device or float64 is asked for,
+            else the CPU.
         precision: "float32"; "bfloat16"; "int8" with cpu; "tf32" with cuda; "float64" with torch; or "auto": on "cpu"
             the fastest of int8 (wide predictors only), bfloat16 and float32 that ranks candidates as float32 does; on
-            "cuda" bfloat16 if it does, else float32; on "torch" float32.
-        device: A torch device, for "cuda" and "torch"; CUDA where there is one, else the CPU, when not given.
+            "cuda" bfloat16 if it does, else float32; on "torch" and "onnx" float32.
+        device: A torch device, for "cuda" and "torch"; CUDA where there is one, else the CPU, when not given. For
+            "onnx" an execution provider of onnxruntime, as "CUDAExecutionProvider"; the CPU's when not given.
 
     Raises:
         FileNotFoundError: There is no such file, folder or repository.

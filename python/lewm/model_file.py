@@ -295,9 +295,14 @@ def write_model(
     meta: dict[str, Any],
 ) -> None:
     """Writes the model file of the module's docstring."""
+    write_tensors(path, weights, described(config, stats, meta))
+
+
+def described(config: ModelConfig, stats: dict[str, np.ndarray] | None, meta: dict[str, Any]) -> dict[str, Any]:
+    """The header of the module's docstring."""
     from lewm.pixels import MEAN, STD
 
-    header = {
+    return {
         "format_version": FORMAT_VERSION,
         "architecture": dataclasses.asdict(config),
         "stats": None if stats is None else {name: list(map(float, values)) for name, values in stats.items()},
@@ -311,7 +316,6 @@ def write_model(
         },
         **{name: meta[name] for name in ("preset", "planner", "data", "training") if name in meta},
     }
-    write_tensors(path, weights, header)
 
 
 Read = tuple[dict[str, np.ndarray], ModelConfig, dict[str, np.ndarray] | None, dict[str, Any]]
