@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("matplotlib")
-pytest.importorskip("mkdocstrings")
+for library in ("torch", "matplotlib", "mkdocstrings", "h5py", "pyarrow", "av", "onnxruntime"):
+    pytest.importorskip(library)
 griffe = pytest.importorskip("griffe")
 
 import lewm
