@@ -49,7 +49,7 @@ def wander(seed):
 
 frames, actions, episode_ends = [], [], []
 for episode in range(200):
-    robot, velocities = FakeRobot([0, episode]), wander([0, episode])
+    robot, velocities = FakeRobot([4, episode]), wander([5, episode])
     for _ in range(100):
         frames.append(robot.picture())
         actions.append(robot.move(next(velocities)))  # what was executed, not what was asked for
