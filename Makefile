@@ -1,6 +1,7 @@
 # make demo                     set up, train a world model from pixels, steer an agent with it: runs/demo/
 # make test | lint | bench      what contributors run; test-interpret and test-one-thread repeat the tests the hard way
 # make bench-compare            runs bench, then fails if a ratio is more than 15 % below that of benches/baseline.json
+# make docs                     the documentation site, built strictly: build/docs/index.html
 # make wheel-check              the wheel and the sdist, each built, listed and installed in a clean environment
 #
 # VENV=path                     environment to use or make: the activated one, else .venv
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 export VENV PYTHON TORCH_INDEX
 
-.PHONY: demo test test-interpret test-one-thread lint bench bench-compare wheel-check setup clean
+.PHONY: demo test test-interpret test-one-thread lint bench bench-compare docs wheel-check setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -40,6 +41,10 @@ bench: setup
 
 bench-compare: bench
 	$(BIN)/python -m benches.compare
+
+# The warning is about a mkdocs that the extra does not take.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 wheel-check: setup
 	$(BIN)/python -m pytest -v tests/test_packaging.py

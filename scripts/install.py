@@ -22,7 +22,7 @@ except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("train", "envs", "data", "dev")
+EXTRAS = ("train", "envs", "data", "onnx", "docs", "dev")
 
 
 def requirements() -> list[str]:

@@ -12,6 +12,7 @@ from lewm import envs
 from lewm._core import StoreError, StoreWriter, __version__
 
 if TYPE_CHECKING:
+    from lewm.camera import Camera, StaleFrame
     from lewm.collector import collect
     from lewm.config import PRESETS, ModelConfig, TrainConfig
     from lewm.controller import Controller
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from lewm.trainer import train
 
 _HOME = {
+    "Camera": "camera",
+    "StaleFrame": "camera",
     "collect": "collector",
     "PRESETS": "config",
     "ModelConfig": "config",
@@ -59,12 +62,14 @@ __all__ = [
     "PRESETS",
     "PROTOCOLS",
     "RECIPES",
+    "Camera",
     "Controller",
     "Dataset",
     "Model",
     "ModelConfig",
     "Plan",
     "ReplayBuffer",
+    "StaleFrame",
     "StoreError",
     "StoreWriter",
     "TrainConfig",

@@ -259,7 +259,8 @@ class StoreWriter:
             ValueError: An argument is not that; nothing is written.
             OSError: The disk refused; the episode may or may not be there, whole.
         """
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Lets go of the store, which has all that was appended; closing twice does no harm."""
     def __enter__(self) -> StoreWriter: ...
     def __exit__(self, *_args: object) -> None: ...
 
