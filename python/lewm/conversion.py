@@ -42,8 +42,8 @@ Progress = Callable[[int, int, str], object]
 _OPTIONS = ("format", "camera", "action", "low", "high", "bounds", "size", "episodes", "fps")
 _LIBRARIES = {
     "hdf5": ("h5py",),
-    "lance": ("pylance",),
-    "lerobot": ("av", "pyarrow"),
+    "lance": ("pylance", "pyarrow", "av", "pillow"),
+    "lerobot": ("pyarrow", "av", "pillow"),
     "minari": ("minari", "h5py"),
     "swm_video": ("av",),
     "videos": ("av",),

@@ -597,7 +597,8 @@ class _Writer:
         chunk, number = divmod(episode, _FILES_PER_CHUNK)
         file = self.root / _VIDEO_PATH.format(video_key=self.camera, chunk_index=chunk, file_index=number)
         file.parent.mkdir(parents=True, exist_ok=True)
-        video_files.write(file, frames, self.fps, crf=self.crf, pixel_format=self.pixel_format)
+        # Policies train on random frames: every second one is a key frame, as in what LeRobot writes.
+        video_files.write(file, frames, self.fps, crf=self.crf, pixel_format=self.pixel_format, key_every=2)
         self.features[self.camera]["info"] = {
             "video.height": self.data.height,
             "video.width": self.data.width,

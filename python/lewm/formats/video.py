@@ -62,11 +62,11 @@ def frames(
     for sought in (True, False):  # where seeking goes too far, or to a frame that needs others, from the beginning
         with _opened(path) as container:
             stream = container.streams.video[0]
-            if sought:
-                container.seek(max(0, int((first_time - 0.5 / fps) / stream.time_base)), stream=stream)
             try:
+                if sought:
+                    container.seek(max(0, int((first_time - 0.5 / fps) / stream.time_base)), stream=stream)
                 found = _timed(path, container, count, first_time, fps)
-            except ValueError:
+            except (ValueError, needed("av", "reading video").error.FFmpegError):  # of `seek`, in a damaged index
                 if not sought:
                     raise
         if len(found) == count:
@@ -78,7 +78,15 @@ def frames(
     )
 
 
-def write(path: Path, frames: np.ndarray, fps: float, *, crf: int = 18, pixel_format: str = "yuv420p") -> None:
+def write(
+    path: Path,
+    frames: np.ndarray,
+    fps: float,
+    *,
+    crf: int = 18,
+    pixel_format: str = "yuv420p",
+    key_every: int | None = None,
+) -> None:
     """Writes a video of H.264, which loses a little of each frame.
 
     Args:
@@ -87,6 +95,8 @@ def write(path: Path, frames: np.ndarray, fps: float, *, crf: int = 18, pixel_fo
         fps: Frames a second.
         crf: Quality of x264, 0 the best to 51.
         pixel_format: "yuv420p", which every player reads, needs even H and W; "yuv444p" keeps more of the colours.
+        key_every: Frames from one key frame to the next: fewer make a random frame quicker to read and the file larger;
+            x264's own choice when not given.
 
     Raises:
         ModuleNotFoundError: PyAV is not installed.
@@ -107,7 +117,7 @@ def write(path: Path, frames: np.ndarray, fps: float, *, crf: int = 18, pixel_fo
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
             stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-            stream.options = {"crf": str(crf)}
+            stream.options = {"crf": str(crf), **({} if key_every is None else {"g": str(key_every)})}
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
             container.mux(stream.encode(None))
@@ -127,6 +137,9 @@ def _opened(path: Path) -> Any:
     if not container.streams.video:
         container.close()
         raise ValueError(f"{path} has no pictures")
+    if container.streams.video[0].codec_context is None:
+        container.close()
+        raise ValueError(f"{path} is damaged, or of a coding that is not known here")
     return container
 
 
