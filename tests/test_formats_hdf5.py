@@ -161,12 +161,12 @@ def test_other_files_are_not_read_through_links(tmp_path, columns):
         path = write_hdf5(tmp_path / f"{name}.h5", columns)
         with h5py.File(path, "a") as file:
             file["more"] = link
-        with pytest.raises(ValueError, match=f"{name}.h5: more is a link, want data in the file itself"):
+        with pytest.raises(ValueError, match=f"{name}.h5: /more is a link, want data in the file itself"):
             opened(path)
     (tmp_path / "raw").write_bytes(bytes(100))
     with h5py.File(other, "a") as file:
         file.create_dataset("raw", (100,), "u1", external=[(str(tmp_path / "raw"), 0, 100)])
-    with pytest.raises(ValueError, match="other.h5: raw is in another file"):
+    with pytest.raises(ValueError, match="other.h5: /raw is in another file"):
         opened(other)
 
 

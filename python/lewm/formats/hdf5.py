@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _ENDS = ("ep_len", "ep_offset")
 # What h5py raises for a damaged file: also of a header that says what cannot be.
-_DAMAGE = (OSError, RuntimeError, KeyError, TypeError, OverflowError)
+DAMAGE = (OSError, RuntimeError, KeyError, TypeError, OverflowError)
 
 
 def recognised(path: Path) -> bool:
@@ -51,7 +51,7 @@ class Reader(Source):
         h5py = needed("h5py", "reading HDF5")
         try:
             self._file = h5py.File(path, "r")
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} is no HDF5 file, or a damaged one: {error}") from error
         try:
             self._open(camera, action or "action")
@@ -62,7 +62,7 @@ class Reader(Source):
     def _open(self, camera: str | None, action: str) -> None:
         try:
             found = dict(_data_sets(self._file))
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(f"{self.path} is a damaged HDF5 file: {error}") from error
         lengths, offsets = (self._ends(found, name) for name in _ENDS)
         if lengths.shape != offsets.shape:
@@ -161,7 +161,7 @@ class Reader(Source):
         check_fits(length, f"reading {what} of {self.path}", "is that what the file is to hold?")
         try:
             return data[rows]
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(f"{what} of {self.path} cannot be read, the file is damaged: {error}") from error
 
 
@@ -230,22 +230,37 @@ def _write(data: Dataset, file: Any, progress: Callable[[int, int], object] | No
 
 
 def _data_sets(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Name and data set of all in a file; nothing that it only names in another file is opened."""
+    """Name and data set of all in a file."""
     import h5py
 
     for name in group:
-        link = group.get(name, getlink=True)
-        if not isinstance(link, h5py.HardLink):
-            raise ValueError(f"{group.file.filename}: {prefix}{name} is a link, want data in the file itself")
-        item = group[name]
+        item = own(group, name)
         if isinstance(item, h5py.Group):
             if prefix.count("/") > 8:
                 raise ValueError(f"{group.file.filename}: groups within groups, down to {prefix}{name}")
             yield from _data_sets(item, f"{prefix}{name}/")
         elif isinstance(item, h5py.Dataset):
-            if item.is_virtual or item.external:
-                raise ValueError(f"{group.file.filename}: {prefix}{name} is in another file")
             yield prefix + name, item
+
+
+def own(group: Any, name: str) -> Any:
+    """What `group` holds as `name`; nothing that it only names, which may be in another file.
+
+    Raises:
+        KeyError: It holds no such thing.
+        ValueError: It is a link, or its numbers are in another file.
+    """
+    import h5py
+
+    what = f"{group.file.filename}: {group.name.rstrip('/')}/{name}"
+    if not isinstance(group, h5py.Group) or name not in group:
+        raise KeyError(name)
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{what} is a link, want data in the file itself")
+    item = group[name]
+    if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
+        raise ValueError(f"{what} is in another file")
+    return item
 
 
 def _check_filters(path: Path, data: Any) -> None:

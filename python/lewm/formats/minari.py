@@ -1,10 +1,13 @@
-"""Minari data sets in its HDF5 storage, read by the minari library: a folder `NAME-v0` with `data/metadata.json`.
+"""Minari data sets in its HDF5 storage: a folder `NAME-v0` with `data/metadata.json`.
 
-Observations are N, actions N-1, as in a store. Rewards, terminations, truncations and infos are not read.
+Observations are N, actions N-1, as in a store. Rewards, terminations, truncations and infos are not read. The minari
+library says what the spaces are. It is not asked for the episodes: it makes the environment that a description without
+spaces names, and one release cannot read pictures of another, which are JPEG in some and plain in others.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 
 from lewm.formats import Source, actions_of, frames_of, needed, numeric
+from lewm.formats.hdf5 import DAMAGE, own
 
 _FILE = "main_data.hdf5"
 _NOT_READ = "one for each action; not read from Minari"
@@ -41,16 +45,7 @@ class Reader(Source):
             raise ValueError(f"{path} is no Minari data set: it has no data/metadata.json")
         self.path, self.format = path, "minari"
         self.bytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        described = _described(folder)
-        storage = needed("minari.dataset.minari_storage", "reading Minari")
-        needed("h5py", "reading Minari")
-        try:  # both spaces are there: else it would make the environment that the data set names
-            self._storage = storage.MinariStorage.read(folder)
-            self._keys = {"/".join(keys): keys for keys, _ in _leaves(self._storage.observation_space)}
-            entries = {"/".join(keys): entry for keys, entry in _leaves(self._storage.observation_space)}
-            space = self._storage.action_space
-        except Exception as error:  # of whatever it makes of such a description
-            raise ValueError(f"{path} is a damaged Minari data set: {_named(error)}") from error
+        entries, space, count = _described(folder)
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"actions of {path} must be continuous, Box of (A,), got {space}")
         self.action_dim = space.shape[0]
@@ -70,73 +65,94 @@ class Reader(Source):
             )
         self._camera = camera
         self.height, self.width = entries[camera].shape[:2]
-        jpeg = getattr(storage, "is_image_space", lambda _: False)  # older releases know none
-        self.lossless = not (described.get("jpeg_encoding", True) and jpeg(entries[camera]))
         self.left_out = dict.fromkeys(("rewards", "terminations", "truncations"), _NOT_READ)
         self.left_out["infos"] = "not read from Minari"
         self.columns = {}
         for name, entry in entries.items():
-            why = _no_column(entry)
-            if name in cameras:
-                why = "another camera"
+            why = "another camera" if name in cameras else _no_column(entry)
             if why is None:
                 self.columns[name] = int(np.prod(entry.shape, dtype=int))
             elif name != camera:
                 self.left_out[name] = why
-        self.lengths = self._lengths()
-        self._read: tuple[int, dict[str, Any]] | None = None
+        h5py = needed("h5py", "reading Minari")
+        try:
+            self._file = h5py.File(folder / _FILE, "r")
+        except DAMAGE as error:
+            raise ValueError(f"{folder / _FILE} is no HDF5 file, or a damaged one: {error}") from error
+        try:
+            self.lengths = np.array([self._length(episode) for episode in range(count)], np.int64)
+            self.lossless = self._rows(0, "observations", camera).ndim == 4
+        except BaseException:
+            self.close()
+            raise
 
     def frames(self, episode: int) -> np.ndarray:
-        frames = self._entry(self._camera, episode)
-        return frames_of(frames, self._what(episode), (int(self.lengths[episode]), self.height, self.width))
+        rows, shape = self._rows(episode, "observations", self._camera), (self.height, self.width, 3)
+        if rows.ndim != 4:
+            Image = needed("PIL.Image", "reading Minari's pictures")
+            frames = []
+            for row in self._values(episode, rows):
+                try:
+                    with Image.open(io.BytesIO(np.asarray(row, np.uint8).tobytes()), formats=["JPEG"]) as picture:
+                        if picture.size != (self.width, self.height) or picture.mode != "RGB":
+                            raise ValueError(f"it is {picture.size} {picture.mode}")
+                        frames.append(np.asarray(picture))
+                except (OSError, SyntaxError, TypeError, ValueError) as error:
+                    text = f"frame {len(frames)} of {self._what(episode)} must be JPEG of RGB {shape}: {error}"
+                    raise ValueError(text) from error
+            return frames_of(np.array(frames), self._what(episode), (int(self.lengths[episode]), *shape[:2]))
+        if rows.shape != (self.lengths[episode], *shape):
+            raise ValueError(f"frames of {self._what(episode)} must be of shape {shape} each, got {rows.shape}")
+        return frames_of(self._values(episode, rows), self._what(episode), (int(self.lengths[episode]), *shape[:2]))
 
     def actions(self, episode: int) -> np.ndarray:
-        rows = np.asarray(self._episode(episode)["actions"])
+        rows = self._rows(episode, "actions", "")
         wanted = (int(self.lengths[episode]) - 1, self.action_dim)
         if rows.shape != wanted:
             raise ValueError(f"actions of {self._what(episode)} must be of shape {wanted}, got {rows.shape}")
-        return actions_of(np.concatenate([rows, rows[-1:]]), self._what(episode))
+        values = self._values(episode, rows)
+        return actions_of(np.concatenate([values, values[-1:]]), self._what(episode))
 
     def column(self, name: str, episode: int) -> np.ndarray:
-        rows = np.asarray(self._entry(name, episode))
+        rows = self._rows(episode, "observations", name)
         wanted = (int(self.lengths[episode]), self.columns[name])
-        if rows.dtype.kind not in "fiub" or rows.ndim not in (1, 2) or rows.reshape(len(rows), -1).shape != wanted:
+        if rows.dtype.kind not in "fiub" or rows.shape not in (wanted, wanted[:1] if wanted[1] == 1 else wanted):
             raise ValueError(
                 f"{name} of {self._what(episode)} must be numbers of shape {wanted}, got {rows.dtype} of {rows.shape}"
             )
-        return rows.reshape(wanted).astype(np.float64)
+        return self._values(episode, rows).reshape(wanted).astype(np.float64)
+
+    def close(self) -> None:
+        self._file.close()
 
     def _what(self, episode: int) -> str:
         return f"{self.path} episode {episode}"
 
-    def _lengths(self) -> np.ndarray:
-        try:
-            count = int(self._storage.total_episodes)
-            steps = [int(found["total_steps"]) for found in self._storage.get_episode_metadata(range(count))]
-        except Exception as error:
-            raise ValueError(f"{self.path} is a damaged Minari data set: {_named(error)}") from error
-        if not steps or min(steps) < 1:
-            raise ValueError(f"{self.path} must have episodes of at least 1 step, got {min(steps, default='none')}")
-        return np.array(steps, np.int64) + 1
+    def _length(self, episode: int) -> int:
+        """Frames of an episode: a step more than it has."""
+        steps = self._rows(episode, "actions", "").shape
+        if not steps or steps[0] < 1:
+            raise ValueError(f"{self._what(episode)} must have at least 1 action, got {steps}")
+        return steps[0] + 1
 
-    def _entry(self, name: str, episode: int) -> Any:
-        value = self._episode(episode)["observations"]
+    def _rows(self, episode: int, part: str, name: str) -> Any:
+        """The data set of one entry of an episode."""
+        keys = [f"episode_{episode}", part, *filter(None, name.split("/"))]
+        item = self._file
         try:
-            for key in self._keys[name]:
-                value = value[key]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self._what(episode)} has no observation {name!r}") from error
-        return value
+            for key in keys:
+                item = own(item, key)
+            if item.shape is None:
+                raise KeyError(name)
+            return item
+        except (AttributeError, *DAMAGE) as error:
+            raise ValueError(f"{self._what(episode)} is damaged: it has no {'/'.join(keys[1:])}") from error
 
-    def _episode(self, episode: int) -> dict[str, Any]:
-        if self._read is None or self._read[0] != episode:
-            self._read = None
-            try:
-                (found,) = self._storage.get_episodes([episode])
-            except Exception as error:
-                raise ValueError(f"{self._what(episode)} cannot be read, it is damaged: {_named(error)}") from error
-            self._read = episode, found
-        return self._read[1]
+    def _values(self, episode: int, rows: Any) -> np.ndarray:
+        try:
+            return rows[:]
+        except DAMAGE as error:
+            raise ValueError(f"{rows.name} of {self._what(episode)} cannot be read, it is damaged: {error}") from error
 
 
 def _folder(path: Path) -> Path | None:
@@ -146,18 +162,28 @@ def _folder(path: Path) -> Path | None:
     return None
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def _described(folder: Path) -> tuple[dict[str, spaces.Space], spaces.Space, int]:
+    """Entries of the observation, the action space, and how many episodes there are."""
+    wanted = ("observation_space", "action_space", "data_format", "total_episodes")
     try:
         described = json.loads((folder / "metadata.json").read_text())
-        names = ("observation_space", "action_space", "data_format", "total_episodes")
-        missing = [name for name in names if name not in described]
+        missing = [name for name in wanted if name not in described]
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}/metadata.json is damaged: {error}") from error
     if missing:
         raise ValueError(f"{folder}/metadata.json lacks {', '.join(missing)}; environments that it names are not made")
     if described["data_format"] != "hdf5":
         raise ValueError(f"{folder} is in Minari's storage {described['data_format']!r}, want 'hdf5'")
-    return described
+    made = needed("minari.serialization", "reading Minari").deserialize_space
+    try:
+        observation, action = (made(described[name]) for name in wanted[:2])
+        count = int(described["total_episodes"])
+        entries = {"/".join(keys): entry for keys, entry in _leaves(observation)}
+    except Exception as error:  # of whatever it makes of such a description
+        raise ValueError(f"{folder}/metadata.json is damaged: {type(error).__name__} {error}") from error
+    if count < 1:
+        raise ValueError(f"{folder} has no episodes")
+    return entries, action, count
 
 
 def _leaves(space: spaces.Space, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], spaces.Space]]:
@@ -177,7 +203,3 @@ def _no_column(space: spaces.Space) -> str | None:
     if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         return f"{type(space).__name__} is no number"
     return numeric(np.dtype(space.dtype), space.shape)
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__} {error}".strip()
