@@ -399,6 +399,23 @@ def test_an_interrupted_conversion_goes_on(tmp_path, src, fingerprint):
     assert names(tmp_path) == ["d.h5", "d.lewm"]
 
 
+def test_an_episode_that_was_written_and_not_committed_is_kept_or_made_again(tmp_path, made, src, fingerprint):
+    """Between its bytes and its record in the index, or within either, is where a kill finds an append."""
+    for cut in ({"index": 64}, {"index": 10}, {"index": 64, "data": 50}):
+        with pytest.raises(KeyboardInterrupt):
+            convert(src, tmp_path / "d.lewm", **BOUNDS, progress=interrupt_after(20))
+        store = tmp_path / ".d.lewm.converting/store.lewm"
+        for suffix, count in cut.items():
+            (shard,) = store.glob(f"*.{suffix}")
+            os.truncate(shard, shard.stat().st_size - count)
+        convert(src, tmp_path / "d.lewm", **BOUNDS)
+        data = Dataset(tmp_path / "d.lewm")
+        assert_holds(data, made)
+        assert data.fingerprint() == fingerprint
+        assert "damaged" not in names(data.path)
+        conversion.shutil.rmtree(data.path)
+
+
 def test_a_full_disk_loses_nothing(tmp_path, src, fingerprint):
     full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space left"):

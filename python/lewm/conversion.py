@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lewm._core import Store, StoreError, StoreWriter, __version__, verify_store
+from lewm._core import Store, StoreError, StoreWriter, __version__, repair_store, verify_store
 from lewm.checks import integer
 from lewm.data import Dataset
 from lewm.formats import Source, module_of, opened
@@ -311,7 +311,7 @@ class Conversion:
         if self._estimate is None:
             self.estimate()  # refuses what does not fit
         with _locked(self._work):
-            self._done = self._written()  # another process may have come between
+            self._done = self._recovered()
             try:
                 made, psnr = self._make()
                 _check_free(self.dst)
@@ -462,6 +462,14 @@ class Conversion:
             return min(len(Store(self._work / "store.lewm")), len(self._episodes)) if self._through_store else 0
         except (OSError, StoreError):
             return 0
+
+    def _recovered(self) -> int:
+        """The same, after a look for what a killed process wrote and did not come to commit."""
+        store = self._work / "store.lewm"
+        if self._written():  # again: another process may have come between
+            repair_store(store, progress=lambda done, all: self._say(done, all, "bytes checked"))
+            shutil.rmtree(store / "damaged", ignore_errors=True)
+        return self._written()
 
     def _make(self) -> tuple[Path, tuple[float, float] | None]:
         """Makes all of it in the work folder; gives where, and the PSNR, where it is not lossless."""
