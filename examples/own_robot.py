@@ -17,7 +17,7 @@ class FakeRobot:
     """
 
     period = 0.1  # seconds between two actions
-    low, high = np.array([-0.6, -0.3]), np.array([0.6, 0.3])  # bounds of an action, in rad/s and m/s
+    low, high = np.array([-1.2, -0.6]), np.array([1.2, 0.6])  # bounds of an action, in rad/s and m/s
     ends = np.array([[-1.2, 0.4], [1.2, 1.4]])  # where the joints stop, in rad and m
 
     def __init__(self, seed):
@@ -34,7 +34,7 @@ class FakeRobot:
         angle, reach = self.joints
         y, x = np.mgrid[1 : -1 : size * 1j, -1 : 1 : size * 1j]
         away = np.hypot(x - reach * np.sin(angle), y + 0.8 - reach * np.cos(angle))
-        covered = np.clip((0.14 - away) / 0.04 + 0.5, 0, 1)[..., None]
+        covered = np.clip(1.5 - away / 0.2, 0, 1)[..., None]
         return (235 * (1 - covered) + np.array([200, 40, 40]) * covered).astype(np.uint8)
 
 
@@ -69,8 +69,15 @@ data = lewm.Dataset.from_arrays(
 model = lewm.train(data, preset="tiny", steps=600, out="runs/crane")
 print(model.describe())
 
+
+def steer(goal):
+    """A controller to the goal's picture; it plans anew every half second."""
+    planner = lewm.ICEM(samples=100, iterations=10)
+    return lewm.Controller(model, goal.picture(), planner=planner, execute=1, shrink=True, deadline_ms=50)
+
+
 robot, goal = FakeRobot([1, 0]), FakeRobot([2, 0])
-controller = lewm.Controller(model, goal.picture(), deadline_ms=50)
+controller = steer(goal)
 for _ in range(50):
     robot.move(controller(robot.picture()))
 print("now", robot.joints, "goal", goal.joints)
@@ -88,8 +95,7 @@ def reaches(act, robot, goal):
 planned, by_chance, trials = 0, 0, 100
 for trial in range(trials):
     goal, velocities = FakeRobot([2, trial]), wander([3, trial])
-    controller = lewm.Controller(model, goal.picture(), deadline_ms=50, env_id=trial)
-    planned += reaches(controller, FakeRobot([1, trial]), goal)
+    planned += reaches(steer(goal), FakeRobot([1, trial]), goal)
     by_chance += reaches(lambda _, velocities=velocities: next(velocities), FakeRobot([1, trial]), goal)
 print(f"goals reached: {planned} of {trials}, with random velocities {by_chance}")
 
@@ -104,7 +110,7 @@ def read():
     return robot.picture()
 
 
-controller = lewm.Controller(model, goal.picture(), deadline_ms=50)
+controller = steer(goal)
 with lewm.Camera(read) as camera:
     controller(camera.latest(max_age_ms=1000, timeout_ms=5000).picture)  # the first picture, and a plan to warm up
     controller.reset()

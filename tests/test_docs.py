@@ -107,7 +107,7 @@ def test_blocks(page, run_page, capsys):
     if page == OWN_ROBOT:
         assert re.search(r"holding: the newest picture of camera, number \d+, is \d+ ms old", capsys.readouterr().out)
         assert scope["data"].lengths.tolist() == [101] * 6
-        assert scope["model"].stats["high"].tolist() == [0.6, 0.3]
+        assert scope["model"].stats["high"].tolist() == [1.2, 0.6]
         assert scope["executed"].shape == (2,)  # the camera came back
 
 
