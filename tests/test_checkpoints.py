@@ -265,9 +265,9 @@ def test_without_torch_and_huggingface_hub_it_is_said_what_to_install(official, 
     monkeypatch.chdir(tmp_path)
     for module in ("torch", "huggingface_hub"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=r"weights.pt is a file of torch's: pip install 'lewm-fast\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'weights.pt is a file of torch.s: pip install "lewm-fast\[train\]"'):
         lewm.load(official)
-    with pytest.raises(FileNotFoundError, match=r"no such file: someone/lewm; .*Hub: pip install 'lewm-fast\[data\]'"):
+    with pytest.raises(FileNotFoundError, match=r'no such file: someone/lewm; .*Hub: pip install "lewm-fast\[data\]"'):
         lewm.load("someone/lewm")
 
 

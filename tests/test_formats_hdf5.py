@@ -218,7 +218,7 @@ def test_gzip_and_lzf_are_read(tmp_path, made, columns):
 def test_without_h5py_the_error_says_what_to_install(tmp_path, columns, monkeypatch):
     path = write_hdf5(tmp_path / "d.h5", columns)
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ModuleNotFoundError, match=r"reading HDF5 needs h5py: pip install 'lewm-fast\[data\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'reading HDF5 needs h5py: pip install "lewm-fast\[data\]"'):
         opened(path)
 
 

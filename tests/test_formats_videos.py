@@ -152,7 +152,7 @@ def test_what_is_no_video_is_not_written(tmp_path, frames, fps, text):
 
 def test_without_pyav_the_error_says_what_to_install(tmp_path, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ModuleNotFoundError, match=r"reading video needs av: pip install 'lewm-fast\[data\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'reading video needs av: pip install "lewm-fast\[data\]"'):
         opened(folder)
 
 

@@ -230,10 +230,10 @@ def test_arguments_that_do_not_fit(monkeypatch):
 def test_what_is_missing_is_said(module, folder, monkeypatch):
     model = lewm.load(folder)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"{module}: pip install 'lewm-fast\[onnx\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf'{module}: pip install "lewm-fast\[onnx\]"'):
         lewm.Model(TINY, some_weights(TINY), backend="onnx")
     if module == "onnx":
-        with pytest.raises(ModuleNotFoundError, match=r"ONNX needs onnx: pip install 'lewm-fast\[onnx\]'"):
+        with pytest.raises(ModuleNotFoundError, match=r'ONNX needs onnx: pip install "lewm-fast\[onnx\]"'):
             model.export("onnx", folder.parent / "other")
         assert not (folder.parent / "other").exists()
         with pytest.raises(ModuleNotFoundError, match=r"ONNX needs onnx"):

@@ -54,10 +54,9 @@ assert batch.frames.shape == (4, 4, 64, 64, 3)
 with lewm.StoreWriter("own.lewm", height=64, width=64, action_dim=2, columns={}, metadata="{}") as store:
     store.append(data[0].frames, data[0].actions, {})
 np.testing.assert_array_equal(lewm.Dataset("own.lewm")[0].frames, data[0].frames)
-if hasattr(lewm, "convert"):
-    lewm.convert("rooms.lewm", "again.h5", progress=None)
-    lewm.convert("again.h5", "again.lewm", progress=None)
-    np.testing.assert_array_equal(lewm.Dataset("again.lewm")[0].frames, data[0].frames)
+lewm.convert("rooms.lewm", "again.h5")
+lewm.convert("again.h5", "again.lewm")
+np.testing.assert_array_equal(lewm.Dataset("again.lewm")[0].frames, data[0].frames)
 result = lewm.evaluate(model, "two-room-25-50", pairs=2, planner=lewm.CEM(**small))
 assert result.n == 2
 

@@ -129,7 +129,7 @@ def write(
         import torch
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"an official checkpoint is a file of {error.name}'s: pip install 'lewm-fast[train]'"
+            f'an official checkpoint is a file of {error.name}\'s: pip install "lewm-fast[train]"'
         ) from error
 
     folder = Path(folder)
@@ -201,7 +201,7 @@ def _downloaded(repository: str, revision: str | None) -> Path:
     except ModuleNotFoundError as error:
         raise FileNotFoundError(
             f"model file: no such file: {repository}; if it is a repository of the Hugging Face Hub: "
-            "pip install 'lewm-fast[data]'"
+            'pip install "lewm-fast[data]"'
         ) from error
 
     unreachable: Exception | None = None
@@ -259,7 +259,7 @@ def _unpickled(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"model file: {path} is a file of {error.name}'s: pip install 'lewm-fast[train]'; "
+            f'model file: {path} is a file of {error.name}\'s: pip install "lewm-fast[train]"; '
             "once saved by model.save it needs nothing"
         ) from error
     try:

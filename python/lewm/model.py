@@ -359,7 +359,7 @@ def _engine(config: ModelConfig, weights: dict[str, Any], backend: str, precisio
     except ModuleNotFoundError as error:
         extra = "onnx" if backend == "onnx" else "train"
         raise ModuleNotFoundError(
-            f"backend \"{backend}\" needs {error.name}: pip install 'lewm-fast[{extra}]'"
+            f'backend "{backend}" needs {error.name}: pip install "lewm-fast[{extra}]"'
         ) from error
     return TorchBackend(config, weights, precision, device)
 

@@ -177,7 +177,7 @@ def _onnx() -> Any:
     try:
         import onnx
     except ModuleNotFoundError as error:
-        text = f"ONNX needs {error.name}: pip install 'lewm-fast[onnx]'"
+        text = f'ONNX needs {error.name}: pip install "lewm-fast[onnx]"'
         raise ModuleNotFoundError(text, name=error.name) from error
     return onnx
 

@@ -114,7 +114,7 @@ def needed(name: str, what: str) -> ModuleType:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what} needs {error.name}: pip install 'lewm-fast[data]'") from error
+        raise ModuleNotFoundError(f'{what} needs {error.name}: pip install "lewm-fast[data]"') from error
 
 
 def actions_of(rows: np.ndarray, what: str) -> np.ndarray:
