@@ -61,6 +61,17 @@ def build(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def solver_of(model: Any, **options: Any) -> Any:
+    """Their CEMSolver for their model, whichever release it is."""
+    try:
+        from stable_worldmodel.planning import CEMSolver, GoalMSE, ShootingCostEvaluator
+    except ImportError:
+        from stable_worldmodel.solver import CEMSolver
+
+        return CEMSolver(model, **options)
+    return CEMSolver(ShootingCostEvaluator(model, GoalMSE()), **options)
+
+
 class Peer:
     """One model and one budget."""
 
@@ -102,11 +113,10 @@ class Peer:
         import gymnasium
         import torch
         from stable_worldmodel import PlanConfig
-        from stable_worldmodel.solver import CEMSolver
 
         if compiled and not self.compiled:
             self.model.predictor, self.compiled = torch.compile(self.model.predictor), True
-        solver = CEMSolver(self.model, num_samples=samples, n_steps=iterations, topk=elites, device=self.device)
+        solver = solver_of(self.model, num_samples=samples, n_steps=iterations, topk=elites, device=self.device)
         block = self.config["action_block"]
         space = gymnasium.spaces.Box(-1, 1, (1, self.config["action_dim"]))
         settings = PlanConfig(horizon=horizon, receding_horizon=horizon, action_block=block)
