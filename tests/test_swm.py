@@ -6,6 +6,7 @@ makes such an environment. They take whichever release is imported, PyPI's or th
 
 import importlib.util
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,12 +32,9 @@ import swm_cem
 GOLDEN = np.load(swm_cem.FILE)
 BUDGET = {"samples": swm_cem.SAMPLES, "iterations": swm_cem.ITERATIONS, "elites": swm_cem.ELITES}
 NUMBERS = range(swm_cem.COUNT)
-needs_peer = pytest.mark.skipif(
-    importlib.util.find_spec("stable_worldmodel") is None, reason="needs stable-worldmodel: make peers"
-)
-needs_vit = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="needs transformers: make peers"
-)
+PEER = importlib.util.find_spec("stable_worldmodel") is not None
+RELEASE = "main" if PEER and importlib.util.find_spec("stable_worldmodel.planning") else "0.1.1"
+needs_peer = pytest.mark.skipif(not PEER, reason="needs stable-worldmodel: make peers")
 
 
 def model_of(case, backend="torch", precision="float64", **options):
@@ -59,7 +57,7 @@ def tensors(case):
 
 
 def init_of(case):
-    return None if case.init is None else torch.from_numpy(case.init)
+    return None if case.init is None else torch.tensor(case.init)  # CEMSolver writes into it
 
 
 def recorded(model):
@@ -515,3 +513,172 @@ def test_gradients_without_torch_are_refused(case):
 def test_a_cost_that_the_model_has_not_is_refused(case):
     with pytest.raises(ValueError, match="no distance head"):
         lewm.swm.as_cost_model(model_of(case), cost="distance")
+
+
+# ------------------------------------------------------------------------------------------------- the real library
+
+
+@needs_peer
+@pytest.mark.parametrize("number", NUMBERS)
+def test_reference_mode_does_what_cem_solver_does(number):
+    case, callback = swm_cem.problem(number, RELEASE), swm_cem.Elites()
+    theirs, peer, info = swm_cem.theirs(case, callbacks=[callback])
+    want = peer.solve(info, init_of(case))
+    given = {"model": theirs} if RELEASE == "0.1.1" else {"cost": peer.cost}
+    ours = lewm.swm.Solver(**given, **BUDGET, seed=case.seed, reference=True, batch_size=case.batch_size)
+    assert (ours.model.backend, ours.model.precision) == ("torch", "float64")
+    _, seen = recorded(ours.model)
+    found = configured(ours, case.environments, case.horizon).solve(tensors(case), init_of(case))
+    np.testing.assert_array_equal(elites_of(seen, case.environments), callback.found)
+    np.testing.assert_array_equal(callback.found, GOLDEN[f"{RELEASE} {number} elites"])
+    np.testing.assert_allclose(found["actions"], want["actions"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found["costs"], want["costs"], rtol=1e-9)
+    np.testing.assert_allclose(found["var"][0], want["var"][0], rtol=1e-9)
+
+
+@needs_peer
+@pytest.mark.parametrize("history", [1, 3])
+def test_the_policy_acts_alike_with_either_solver(history):
+    """Through their own policy: its transforms, its scaler, its buffers of actions and, in the main branch, frames."""
+    from stable_worldmodel import PlanConfig
+    from stable_worldmodel.policy import WorldModelPolicy
+    from torchvision.transforms import v2
+
+    if history > 1 and RELEASE != "main":
+        pytest.skip("release 0.1.1 gives a model no context")
+    number = 4 if history == 1 else 5  # history of the model 2, 3; 3 environments
+    case = swm_cem.problem(number, RELEASE)
+    theirs, peer, _ = swm_cem.theirs(case)
+    ours = lewm.swm.Solver(theirs, **BUDGET, seed=case.seed, reference=True, batch_size=case.batch_size)
+    transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    scaler = SimpleNamespace(transform=lambda raw: (raw - 0.1) / 0.5, inverse_transform=lambda z: z * 0.5 + 0.1)
+    spaces = [gymnasium.spaces.Box(-1, 1, shape) for shape in ((3, 2), (2,))]
+    env = SimpleNamespace(num_envs=3, action_space=spaces[0], single_action_space=spaces[1])
+    acted = []
+    for solver in (peer, ours):
+        rng, last = np.random.default_rng(0), np.full((3, 1, 2), np.nan)
+        policy = WorldModelPolicy(
+            solver=solver,
+            config=PlanConfig(horizon=4, receding_horizon=1, action_block=2, history_len=history),
+            process={"action": scaler},
+            transform={"pixels": transform, "goal": transform},
+        )
+        policy.set_env(env)
+        taken = []
+        for step in range(7):  # four plans; the third environment starts anew in between and plans at other times
+            info = {"pixels": swm_cem.pictures(rng, 3, 1), "goal": swm_cem.pictures(rng, 3, 1), "action": last}
+            info["_needs_flush"] = np.array([False, False, step == 3])
+            taken.append(policy.get_action(info))
+            last = taken[-1][:, None].astype(np.float64)
+        acted.append(np.stack(taken))
+    assert acted[0].shape == (7, 3, 2)
+    np.testing.assert_allclose(acted[1], acted[0], rtol=0, atol=1e-5)
+
+
+@needs_peer
+def test_a_peer_compiled_or_in_float32_is_planned_for(case):
+    case = swm_cem.problem(5, RELEASE)
+    theirs, peer, info = swm_cem.theirs(case)
+    theirs.float()
+    del theirs.action_encoder.forward
+    theirs.predictor = torch.compile(theirs.predictor)
+    solver = lewm.swm.Solver(cost=getattr(peer, "cost", theirs), **BUDGET, backend="cpu", precision="float32")
+    assert solver.model.hash() == model_of(case, "cpu", "float32").hash()
+    found = configured(solver, case.environments, 2).solve(info)
+    single = {name: value.float() for name, value in info.items()}
+    flat = {name: value[:, None] for name, value in single.items()}
+    theirs.predictor = theirs.predictor._orig_mod
+    scored = getattr(peer, "cost", theirs)
+    costs = [
+        scored.get_cost({name: value[i : i + 1] for name, value in flat.items()}, found["actions"][i : i + 1, None])
+        for i in range(case.environments)
+    ]
+    np.testing.assert_allclose(torch.cat(costs)[:, 0], found["costs"], rtol=1e-4)
+
+
+def peer_solvers():
+    if not PEER:
+        return None
+    if RELEASE == "main":
+        from stable_worldmodel.planning import solver
+    else:
+        from stable_worldmodel import solver
+    return solver
+
+
+@needs_peer
+@pytest.mark.parametrize("name", ["CEMSolver", "ICEMSolver", "MPPISolver", "PredictiveSamplingSolver"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_their_sampling_solvers_plan_with_our_models(name, backend):
+    case = swm_cem.problem(11, RELEASE)
+    ours = lewm.swm.as_cost_model(model_of(case, backend, "float32"))
+    solver = getattr(peer_solvers(), name)(ours, num_samples=64, device="cpu")
+    found = configured(solver, case.environments, 3).solve(tensors(case))
+    assert found["actions"].shape == (case.environments, 3, 4)
+    assert costs_of(ours, case, found["actions"]) < 0.95 * costs_of(ours, case, torch.zeros(case.environments, 3, 4))
+
+
+@needs_peer
+@pytest.mark.parametrize("name", ["GradientSolver", "LagrangianSolver"])
+def test_their_gradient_solvers_plan_with_our_models(name):
+    case = swm_cem.problem(11, RELEASE)
+    ours = lewm.swm.as_cost_model(model_of(case, "torch", "float32"))
+    solver = getattr(peer_solvers(), name)(ours, n_steps=20, num_samples=4, device="cpu")
+    found = configured(solver, case.environments, 3).solve(tensors(case))
+    assert costs_of(ours, case, found["actions"]) < costs_of(ours, case, torch.zeros(case.environments, 3, 4))
+
+
+def costs_of(ours, case, actions):
+    """Mean cost of a plan for each environment."""
+    return ours.get_cost(expanded(case, 1), actions[:, None].float()).mean().item()
+
+
+@needs_peer
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_their_cem_gives_the_same_on_our_model_as_on_theirs(evaluated):
+    case = swm_cem.problem(7, RELEASE)
+    _, peer, info = swm_cem.theirs(case)
+    ours = lewm.swm.as_cost_model(model_of(case))
+    if evaluated:
+        if RELEASE != "main":
+            pytest.skip("release 0.1.1 has no evaluators")
+        from stable_worldmodel.planning import GoalMSE, ShootingCostEvaluator
+
+        ours = ShootingCostEvaluator(ours, GoalMSE())
+        ours.parameters = ours.model.parameters  # of float64, in which it draws then
+    options = {"num_samples": swm_cem.SAMPLES, "n_steps": swm_cem.ITERATIONS, "topk": swm_cem.ELITES}
+    other = peer_solvers().CEMSolver(ours, seed=case.seed, batch_size=case.batch_size, **options)
+    configured(other, case.environments, case.horizon)
+    found, want = (solver.solve(info, init_of(case)) for solver in (other, peer))
+    np.testing.assert_allclose(found["actions"], want["actions"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found["costs"], want["costs"], rtol=1e-9)
+
+
+@needs_peer
+def test_what_we_export_is_what_they_load(tmp_path):
+    """Their `load_pretrained` builds it with stable-pretraining's ViT; both compute the same."""
+    pytest.importorskip("stable_pretraining")
+    from stable_worldmodel.wm.utils import load_pretrained
+
+    case = swm_cem.problem(6, "0.1.1")
+    model = model_of(case, "cpu", "float32")
+    model.export("official", tmp_path / "ours")
+    theirs = load_pretrained(str(tmp_path / "ours")).eval().requires_grad_(False)
+    assert lewm.swm.Solver(theirs, backend="cpu").model.hash() == model.hash()
+    z = theirs.encode({"pixels": torch.from_numpy(case.info["pixels"])})["emb"]
+    again = lewm.swm.as_cost_model(model).encode({"pixels": torch.from_numpy(case.info["pixels"])})["emb"]
+    np.testing.assert_allclose(z, again, rtol=0, atol=1e-5)
+
+
+@needs_peer
+def test_the_page_for_their_users(tmp_path, monkeypatch):
+    """Its blocks in their order, those marked `peers` too, which `make test` leaves out."""
+    pytest.importorskip("stable_pretraining")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "stable-worldmodel.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python( peers)?\n(.*?)^```$", page, re.M | re.S)
+    assert {kind for kind, _ in blocks} == {"", " peers"}
+    scope = {}
+    for _, code in blocks:
+        exec(compile(code, "stable-worldmodel.md", "exec"), scope)
+    assert scope["solver"].n_envs == 2

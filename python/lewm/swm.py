@@ -218,8 +218,9 @@ def as_cost_model(
 ) -> CostModel:
     """One of our models as stable-worldmodel's solvers take them.
 
-    `CEMSolver(as_cost_model(model))`, and so with iCEM, MPPI and predictive sampling; the solvers that follow gradients
-    need `backend="torch"`. In their main branch it is either the cost itself or the model of a `ShootingCostEvaluator`.
+    `CEMSolver(as_cost_model(model))`, and so with iCEM, MPPI and predictive sampling; what follows gradients
+    (`GradientSolver`, `LagrangianSolver`) needs `backend="torch"`. In their main branch it is either the cost itself or
+    the model of a `ShootingCostEvaluator`.
 
     Args:
         model: As in `Solver`.
@@ -371,7 +372,7 @@ def _copied(module: Any, backend: str, precision: str, device: str | None, refer
     if precision != "float64":
         state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     try:
-        weights = current_names({name: np.array(value) for name, value in state.items()})
+        weights = current_names({name: np.array(value.numpy()) for name, value in state.items()})
         heads = int(module.predictor.transformer.layers[0].attn.heads)
         inner = len(weights["predictor.transformer.layers.0.attn.to_qkv.weight"]) // 3
         numbers = {"heads": heads, "dim_head": inner // heads}

@@ -152,7 +152,7 @@ def main(name: str) -> None:
     for number in range(COUNT):
         case, elites = problem(number, name), Elites()
         _, solver, info = theirs(case, callbacks=[elites])
-        found = solver.solve(info, None if case.init is None else torch.from_numpy(case.init))
+        found = solver.solve(info, None if case.init is None else torch.from_numpy(case.init.copy()))
         kept[f"{name} {number} elites"] = elites.found.astype(np.uint8)
         kept[f"{name} {number} actions"] = found["actions"].double().numpy()
     np.savez_compressed(FILE, **kept)
