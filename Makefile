@@ -1,6 +1,7 @@
 # make demo                     set up, train a world model from pixels, steer an agent with it: runs/demo/
 # make test | lint | bench      what contributors run; test-interpret and test-one-thread repeat the tests the hard way
 # make bench-compare            runs bench, then fails if a ratio is more than 15 % below that of benches/baseline.json
+# make peers                    stable-worldmodel in an environment of its own: tests against it, then the comparison
 # make wheel-check              the wheel and the sdist, each built, listed and installed in a clean environment
 #
 # VENV=path                     environment to use or make: the activated one, else .venv
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 export VENV PYTHON TORCH_INDEX
 
-.PHONY: demo test test-interpret test-one-thread lint bench bench-compare wheel-check setup clean
+.PHONY: demo test test-interpret test-one-thread lint bench bench-compare peers wheel-check setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -40,6 +41,17 @@ bench: setup
 
 bench-compare: bench
 	$(BIN)/python -m benches.compare
+
+# Its packages pin others, so it has an environment of its own. SWM_MAIN=path is a checkout of their main branch, if any.
+PEERS := .venv-peers/bin/python
+PEERS_OUT ?= benches/results/peers-$(shell date +%Y-%m-%d).json
+peers:
+	test -x $(PEERS) || $(PYTHON) -m venv .venv-peers
+	$(PEERS) -m pip install '.[train,peers]' pytest
+	$(PEERS) -m pytest tests/test_swm.py
+	$(if $(SWM_MAIN),PYTHONPATH=$(SWM_MAIN) $(PEERS) -m pytest tests/test_swm.py)
+	$(PEERS) -m benches.peers --out $(PEERS_OUT)
+	$(PEERS) -m benches.peers --tables
 
 wheel-check: setup
 	$(BIN)/python -m pytest -v tests/test_packaging.py

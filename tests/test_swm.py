@@ -6,6 +6,7 @@ makes such an environment. They take whichever release is imported, PyPI's or th
 
 import importlib.util
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from lewm.pixels import MEAN, STD
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent / "golden")]
 import swm_cem
+from benches import peers
+from benches.peer_cem import Elites
 
 GOLDEN = np.load(swm_cem.FILE)
 BUDGET = {"samples": swm_cem.SAMPLES, "iterations": swm_cem.ITERATIONS, "elites": swm_cem.ELITES}
@@ -521,7 +524,7 @@ def test_a_cost_that_the_model_has_not_is_refused(case):
 @needs_peer
 @pytest.mark.parametrize("number", NUMBERS)
 def test_reference_mode_does_what_cem_solver_does(number):
-    case, callback = swm_cem.problem(number, RELEASE), swm_cem.Elites()
+    case, callback = swm_cem.problem(number, RELEASE), Elites()
     theirs, peer, info = swm_cem.theirs(case, callbacks=[callback])
     want = peer.solve(info, init_of(case))
     given = {"model": theirs} if RELEASE == "0.1.1" else {"cost": peer.cost}
@@ -682,3 +685,90 @@ def test_the_page_for_their_users(tmp_path, monkeypatch):
     for _, code in blocks:
         exec(compile(code, "stable-worldmodel.md", "exec"), scope)
     assert scope["solver"].n_envs == 2
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+RESULTS = {
+    "date": "2026-11-23",
+    "device": "a processor",
+    "threads": 2,
+    "versions": {"lewm": "0.1.0", "torch": "2.15.0"},
+    "plans": [
+        {"preset": "tiny", "budget": "100x10", "solver": solver, "precision": precision, "seconds": seconds}
+        for solver, precision, seconds in (
+            ("ours", "float32", 0.01),
+            ("ours", "bfloat16", 0.005),
+            ("ours, reference", "float32", 0.0125),
+            ("theirs", "float32", 1.5),
+            ("theirs", "autocast bfloat16", 0.06),
+        )
+    ],
+    "agreement": [
+        {
+            "preset": "tiny",
+            "budget": "100x10",
+            "relative_error_of_costs": 2e-6,
+            "float32": {
+                "iterations_with_the_same_elites": 8,
+                "least_share_of_elites": 0.9,
+                "actions_differ_by": 0.002,
+            },
+        }
+    ],
+    "loading": [
+        {
+            "size": 64,
+            "window": "4 frames, stride 5",
+            "theirs": "HDF5",
+            "ours_samples_per_s": 7000.0,
+            "theirs_samples_per_s": 1400.0,
+            "ratio": 5.0,
+        }
+    ],
+    "collection": [
+        {"task": "PushT", "size": 64, "ours_frames_per_s": 4000.0, "theirs_frames_per_s": 500.0, "ratio": 8.0}
+    ],
+}
+
+
+def test_the_table_says_what_was_measured():
+    text = peers.table(RESULTS)
+    for row in (
+        "| a plan, `tiny`, 100x10, float32 | 10 ms | 1.50 s (float32) | 150.0x |",
+        "| a plan, `tiny`, 100x10, bfloat16 | 5 ms | 60 ms (autocast) | 12.0x |",
+        "| a plan in reference mode, `tiny`, 100x10, float32 | 12.5 ms | 1.50 s (float32) | 120.0x |",
+        "| training windows of 4 frames, stride 5, 64 px, from HDF5 | 7,000 a second | 1,400 a second | 5.0x |",
+        "| collecting PushT, 64 px | 4,000 frames a second | 500 frames a second | 8.0x |",
+    ):
+        assert row in text.splitlines()
+    assert "differ by 2e-06, relatively; on the same noise in float32 8 of 10 iterations have the same elites" in text
+    assert "a processor, 2 threads, 2026-11-23; lewm 0.1.0, torch 2.15.0" in text
+    page = "before\n<!-- peers: how -->\nold\n<!-- /peers -->\nafter\n"
+    once = peers.with_table(page, text)
+    assert once == f"before\n<!-- peers: how -->\n{text}<!-- /peers -->\nafter\n"
+    assert peers.with_table(once, text) == once
+    assert peers.with_table("none here", text) == "none here"
+
+
+def test_the_pages_have_the_table_of_the_committed_results():
+    newest = peers.newest()
+    text = "" if newest is None else peers.table(json.loads(newest.read_text()))
+    pages = [page.read_text(encoding="utf-8") for page in peers.PAGES]
+    assert any(peers.PLACE.search(page) for page in pages)
+    for page in pages:
+        assert peers.with_table(page, text) == page
+    if newest is not None:
+        assert not json.loads(newest.read_text())["quick"]
+
+
+@needs_peer
+def test_the_comparison_runs(tmp_path):
+    """The parts that take seconds; `python -m benches.peers --quick` runs all."""
+    peers.main(["--quick", "--only", "agreement", "--out", str(tmp_path / "peers.json")])
+    found = json.loads((tmp_path / "peers.json").read_text())
+    assert [row["preset"] for row in found["agreement"]] == ["tiny", "paper"]
+    for row in found["agreement"]:
+        assert row["relative_error_of_costs"] < 1e-5
+        assert row["float32"]["iterations_before_the_first_other"] == 3
+    assert found["agreement"][0]["float64"]["actions_differ_by"] < 1e-6

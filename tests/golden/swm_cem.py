@@ -92,44 +92,15 @@ def normalised(frames: np.ndarray) -> np.ndarray:
     return np.moveaxis((scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32), -1, 2).copy()
 
 
-class Elites:
-    """A callback of their solvers that notes who the elites are; after `solve`, `found` is (iterations, E, K)."""
-
-    output_key = "elites"
-
-    def __init__(self) -> None:
-        self.batches: list[list[np.ndarray]] = []
-        self.history: list[Any] = []
-
-    def reset(self) -> None:
-        self.batches = []
-
-    def start_batch(self) -> None:
-        self.batches.append([])
-
-    def __call__(self, *, topk_inds: Any, **_: Any) -> None:
-        self.batches[-1].append(np.sort(topk_inds.cpu().numpy(), axis=1))
-
-    def end_solve(self) -> None:
-        self.history = []
-
-    @property
-    def found(self) -> np.ndarray:
-        return np.concatenate([np.stack(batch) for batch in self.batches], axis=1)
-
-
 def theirs(case: Problem, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Their model and solver for a problem, configured, and its dict, all in float64."""
     import gymnasium
     import torch
-    from benches.peer_cem import build, solver_of
+    from benches.peer_cem import build, in_float64, solver_of
     from stable_worldmodel import PlanConfig
 
     c = case.config
-    model = build({**vars(c), "block_dim": c.block_dim}, case.weights).double()
-    encoder = model.action_encoder
-    # Theirs casts actions to float32 and so refuses float64; this is the rest of it.
-    encoder.forward = lambda actions: encoder.embed(encoder.patch_embed(actions.mT).mT)
+    model = in_float64(build({**vars(c), "block_dim": c.block_dim}, case.weights))
     solver = solver_of(
         model,
         batch_size=case.batch_size,
@@ -147,6 +118,7 @@ def theirs(case: Problem, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 def main(name: str) -> None:
     import torch
+    from benches.peer_cem import Elites
 
     kept = dict(np.load(FILE)) if FILE.exists() else {}
     for number in range(COUNT):
