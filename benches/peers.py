@@ -224,7 +224,7 @@ def loading(quick: bool) -> list[dict[str, Any]]:
             cases = {}
             for case, stream in streams.items():
                 count = 4 * batches if case[0] == "ours" else batches
-                cases[case] = (lambda s=stream, n=count, b=batch: b * n / seconds_of(s, n), 3)
+                cases[case] = (lambda s=stream, n=count, b=batch: b * n / seconds_of(s, n, quick), 3)
                 cases[case][0]()  # files are read and workers are up
             rates = {case: statistics.median(each) for case, each in in_turn(cases).items()}
             streams.clear()
@@ -259,8 +259,9 @@ def endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def seconds_of(stream: Iterator[Any], count: int) -> float:
-    """Of `count` batches, after those that were made ready while others had their turn."""
+def seconds_of(stream: Iterator[Any], count: int, quick: bool) -> float:
+    """Of `count` batches, beyond those that were made ready while others had their turn, and once others rest."""
+    time.sleep(0 if quick else 2)
     for _ in range(2 * THREADS + 1):
         next(stream)
     return timed(lambda: [next(stream) for _ in range(count)])
@@ -335,8 +336,8 @@ def table(results: dict[str, Any]) -> str:
                 found, total = row[precision], row["budget"].partition("x")[2]
                 same, least = found["iterations_with_the_same_elites"], found["least_share_of_elites"]
                 costs += (
-                    f"; on the same noise in {precision} {same} of {total} iterations have the same elites, the others at "
-                    f"least {least:.0%} of them, and actions differ by {found['actions_differ_by']:.1g}"
+                    f"; on the same noise in {precision} {same} of {total} iterations have the same elites, the others"
+                    f" at least {least:.0%} of them, and actions differ by {found['actions_differ_by']:.1g}"
                 )
         lines += ["", costs + "."]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
