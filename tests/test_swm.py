@@ -214,6 +214,35 @@ def test_the_fast_mode_is_the_search_of_plan():
     assert not torch.equal(again.solve(bytes_)["actions"], found["actions"])  # fresh noise for the next plan
 
 
+def test_a_model_that_searches_by_itself_does():
+    """As one on the GPU: it is asked what `lewm.plan` asks it."""
+    case, asked = swm_cem.problem(2, "0.1.1"), []
+    stats = {"mean": [0, 0], "std": [1, 1], "low": [-2, -2], "high": [2, 2]}
+    model = model_of(case, "cpu", "float32", stats=stats)
+
+    class Searches:
+        def solve(self, settings, mean, **call):
+            asked.append((settings, mean, call))
+            zeros = np.zeros((2, 3, 4))
+            ends = {"iterations": 10, "deadline_hit": False, "clipped": np.zeros(2), "kept": np.zeros((2, 0, 3, 4))}
+            return {
+                "actions": zeros,
+                "mean": zeros,
+                "std": zeros,
+                "cost": np.zeros(2),
+                "trace": np.zeros((10, 2)),
+                **ends,
+            }
+
+    model.objective = lambda *arguments: Searches()
+    scaler = SimpleNamespace(transform=lambda raw: 2 * raw)
+    found = configured(lewm.swm.Solver(model, **BUDGET, seed=9, scaler=scaler), 2, 3).solve(tensors(case))
+    assert found["actions"].shape == (2, 3, 4)
+    frames = np.zeros((2, 16, 16, 3), np.uint8)
+    lewm.plan(frames, frames, model=model, planner=lewm.CEM(**BUDGET, horizon=3), seed=9)
+    np.testing.assert_equal(asked[0], asked[1])
+
+
 def test_without_a_scaler_nothing_bounds_the_actions(case):
     model = model_of(case, "cpu", "float32")
     found = configured(lewm.swm.Solver(model, **BUDGET, init_std=20.0), 3, 2).solve(tensors(case))
