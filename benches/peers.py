@@ -335,9 +335,10 @@ def table(results: dict[str, Any]) -> str:
             if precision in row:
                 found, total = row[precision], row["budget"].partition("x")[2]
                 same, least = found["iterations_with_the_same_elites"], found["least_share_of_elites"]
+                others = "" if same == int(total) else f", the others at least {least:.0%} of them"
                 costs += (
-                    f"; on the same noise in {precision} {same} of {total} iterations have the same elites, the others"
-                    f" at least {least:.0%} of them, and actions differ by {found['actions_differ_by']:.1g}"
+                    f"; on the same noise in {precision} {same} of {total} iterations have the same elites{others}, and"
+                    f" actions differ by {found['actions_differ_by']:.1g}"
                 )
         lines += ["", costs + "."]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
