@@ -2,6 +2,7 @@
 # make test | lint | bench      what contributors run; test-interpret and test-one-thread repeat the tests the hard way
 # make bench-compare            runs bench, then fails if a ratio is more than 15 % below that of benches/baseline.json
 # make docs                     the documentation site, built strictly: build/docs/index.html
+# make peers                    stable-worldmodel in an environment of its own: tests against it, then the comparison
 # make wheel-check              the wheel and the sdist, each built, listed and installed in a clean environment
 #
 # VENV=path                     environment to use or make: the activated one, else .venv
@@ -13,7 +14,7 @@ PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 export VENV PYTHON TORCH_INDEX
 
-.PHONY: demo test test-interpret test-one-thread lint bench bench-compare docs wheel-check setup clean
+.PHONY: demo test test-interpret test-one-thread lint bench bench-compare peers docs wheel-check setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -45,6 +46,17 @@ bench-compare: bench
 # The warning is about a mkdocs that the extra does not take.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Its packages pin others, so it has an environment of its own. SWM_MAIN=path is a checkout of their main branch, if any.
+PEERS := .venv-peers/bin/python
+PEERS_OUT ?= benches/results/peers-$(shell date +%Y-%m-%d).json
+peers:
+	test -x $(PEERS) || $(PYTHON) -m venv .venv-peers
+	$(PEERS) -m pip install '.[train,peers]' pytest
+	$(PEERS) -m pytest tests/test_swm.py
+	$(if $(SWM_MAIN),PYTHONPATH=$(SWM_MAIN) $(PEERS) -m pytest tests/test_swm.py)
+	$(PEERS) -m benches.peers --out $(PEERS_OUT)
+	$(PEERS) -m benches.peers --tables
 
 wheel-check: setup
 	$(BIN)/python -m pytest -v tests/test_packaging.py

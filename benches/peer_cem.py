@@ -8,6 +8,7 @@ standard input is a request, each line of standard output its answer, both JSON.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import json
 import os
@@ -61,6 +62,50 @@ def build(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def solver_of(model: Any, **options: Any) -> Any:
+    """Their CEMSolver for their model, whichever release it is."""
+    try:
+        from stable_worldmodel.planning import CEMSolver, GoalMSE, ShootingCostEvaluator
+    except ImportError:
+        from stable_worldmodel.solver import CEMSolver
+
+        return CEMSolver(model, **options)
+    return CEMSolver(ShootingCostEvaluator(model, GoalMSE()), **options)
+
+
+def in_float64(model: Any) -> Any:
+    """Their LeWM in float64, which it refuses because its action encoder casts to float32: that cast is taken out."""
+    encoder = model.double().action_encoder
+    encoder.forward = lambda actions: encoder.embed(encoder.patch_embed(actions.mT).mT)
+    return model
+
+
+class Elites:
+    """A callback of their solvers that notes who the elites are: after `solve`, `found` is (iterations, E, K)."""
+
+    output_key = "elites"
+
+    def __init__(self) -> None:
+        self.batches: list[list[np.ndarray]] = []
+        self.history: list[Any] = []
+
+    def reset(self) -> None:
+        self.batches = []
+
+    def start_batch(self) -> None:
+        self.batches.append([])
+
+    def __call__(self, *, topk_inds: Any, **_: Any) -> None:
+        self.batches[-1].append(np.sort(topk_inds.cpu().numpy(), axis=1))
+
+    def end_solve(self) -> None:
+        self.history = []
+
+    @property
+    def found(self) -> np.ndarray:
+        return np.concatenate([np.stack(batch) for batch in self.batches], axis=1)
+
+
 class Peer:
     """One model and one budget."""
 
@@ -99,18 +144,11 @@ class Peer:
         self, samples: int, iterations: int, elites: int, horizon: int, bfloat16: bool, compiled: bool = False
     ) -> float:
         """Seconds of one solve. Once asked for, the predictor stays compiled."""
-        import gymnasium
         import torch
-        from stable_worldmodel import PlanConfig
-        from stable_worldmodel.solver import CEMSolver
 
         if compiled and not self.compiled:
             self.model.predictor, self.compiled = torch.compile(self.model.predictor), True
-        solver = CEMSolver(self.model, num_samples=samples, n_steps=iterations, topk=elites, device=self.device)
-        block = self.config["action_block"]
-        space = gymnasium.spaces.Box(-1, 1, (1, self.config["action_dim"]))
-        settings = PlanConfig(horizon=horizon, receding_horizon=horizon, action_block=block)
-        solver.configure(action_space=space, n_envs=1, config=settings)
+        solver = self.configured(self.model, samples, iterations, elites, horizon)
         info = self.info()
         start = time.perf_counter()
         with torch.autocast(self.device, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
@@ -118,6 +156,28 @@ class Peer:
             if self.device == "cuda":
                 torch.cuda.synchronize()
         return time.perf_counter() - start
+
+    def elites(
+        self, samples: int, iterations: int, elites: int, horizon: int, seed: int, float64: bool
+    ) -> dict[str, Any]:
+        """Who the elites of every iteration were, (iterations, K), and the plan (H, A), of one solve with that seed."""
+        noted = Elites()
+        model = in_float64(copy.deepcopy(self.model)) if float64 else self.model
+        solver = self.configured(model, samples, iterations, elites, horizon, seed=seed, callbacks=[noted])
+        found = solver.solve(self.info())
+        return {"elites": noted.found[:, 0].tolist(), "actions": found["actions"][0].double().tolist()}
+
+    def configured(self, model: Any, samples: int, iterations: int, elites: int, horizon: int, **options: Any) -> Any:
+        import gymnasium
+        from stable_worldmodel import PlanConfig
+
+        options |= {"num_samples": samples, "n_steps": iterations, "topk": elites, "device": self.device}
+        solver = solver_of(model, **options)
+        block = self.config["action_block"]
+        space = gymnasium.spaces.Box(-1, 1, (1, self.config["action_dim"]))
+        settings = PlanConfig(horizon=horizon, receding_horizon=horizon, action_block=block)
+        solver.configure(action_space=space, n_envs=1, config=settings)
+        return solver
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def read(path: Path, action_dim: int | None) -> Read:
             return described_model(path, tensors, header)
     try:
         weights = current_names(_own(tensors))
-        config = _architecture(weights, _heads(path.parent / "config.json"), action_dim)
+        config = architecture(weights, _heads(path.parent / "config.json"), action_dim)
         check_weights(config, weights)
         check_values(weights)
     except (TypeError, ValueError) as error:
@@ -308,7 +308,7 @@ def _heads(path: Path) -> dict[str, int]:
         raise ValueError(f"{path} does not describe it: {type(error).__name__} {brief(error)}") from None
 
 
-def _architecture(weights: dict[str, Any], heads: dict[str, int], action_dim: int | None) -> ModelConfig:
+def architecture(weights: dict[str, Any], heads: dict[str, int], action_dim: int | None) -> ModelConfig:
     """The architecture that these tensors are of, as far as their shapes tell; `check_weights` finds what is wrong."""
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
