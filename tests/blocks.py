@@ -1,7 +1,7 @@
 """The code blocks of a Markdown page, and how a test runs them: in their order, with training cut short.
 
 What a block may be: `python` and `sh` run; `python peers` and `python lerobot` need libraries that are not here and are
-compiled; `text`, `json`, `yaml` and `toml` are to be read.
+compiled; `text`, `json`, `yaml`, `toml` and `diff` are to be read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ else:
 
 ROOT = Path(__file__).parent.parent
 COMPILED = ("python peers", "python lerobot")
-READ = ("text", "json", "yaml", "toml")
+READ = ("text", "json", "yaml", "toml", "diff")
 EPISODES = 12
 
 
