@@ -37,6 +37,7 @@ from benches.cpu_plan import ROOT, STATS, THREADS, Peer, first_candidates, frame
 import lewm
 import lewm.swm
 from lewm.config import PRESETS
+from lewm.model_file import write_atomically
 from lewm.pixels import MEAN, STD
 
 RESULTS = ROOT / "benches" / "results"
@@ -397,16 +398,19 @@ def main(arguments: list[str] | None = None) -> None:
         "quick": options.quick,
         "versions": {"lewm": lewm.__version__, "python": platform.python_version(), **versions},
     }
+
+    def keep(found: dict[str, Any]) -> None:
+        """After each part: a run that is stopped has measured something."""
+        results.update(found, minutes=round((time.time() - started) / 60, 1))
+        if options.out:
+            write_atomically(options.out, f"{json.dumps(results, indent=1)}\n".encode())
+
     if {"plans", "agreement"} & set(options.only):
-        results |= plans(options.quick, set(options.only))
+        keep(plans(options.quick, set(options.only)))
     for name, part in parts.items():
         if name in options.only:
-            results[name] = part(options.quick)
-    results["minutes"] = round((time.time() - started) / 60, 1)
+            keep({name: part(options.quick)})
     print(table(results))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
