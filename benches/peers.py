@@ -342,6 +342,8 @@ def table(results: dict[str, Any]) -> str:
                     f" actions differ by {found['actions_differ_by']:.1g}"
                 )
         lines += ["", costs + "."]
+    for part in results.get("runs_of_their_own", ()):  # put together by hand; what is compared still ran in turn
+        lines += ["", f"The rows of {part} are of a run of their own (`--only {part}`), on the same machine."]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     place = (
         f"{results['device']}, {results['threads']} threads, {results['date']}; {versions}; `python -m benches.peers`."
