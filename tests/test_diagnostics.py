@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lewm.diagnostics import distance_correlation, effective_rank, probe_r2
+from lewm.diagnostics import distance_correlation, effective_rank, probe_r2, straightness
 
 
 def test_effective_rank_counts_directions():
@@ -33,3 +33,25 @@ def test_distance_correlation_is_one_for_an_isometry_and_ignores_far_pairs():
     assert 0.4 < distance_correlation(folded, y, rng) < 1
     assert abs(distance_correlation(rng.normal(size=(500, 4)), y, rng)) < 0.1
     assert np.isnan(distance_correlation(np.zeros((500, 4)), y, rng))
+
+
+def test_straightness_is_one_on_lines_and_minus_one_where_paths_turn_back():
+    line = np.arange(6.0)[:, None] * np.array([1.0, 2.0, -1.0])
+    assert straightness(line) == pytest.approx(1)
+    assert straightness(np.stack([line, line[::-1]])) == pytest.approx(1)
+    assert straightness(np.array([[0.0], [1.0], [0.0], [1.0]])) == pytest.approx(-1)
+    square = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
+    assert straightness(square) == pytest.approx(0, abs=1e-12)
+
+
+def test_straightness_of_a_random_walk_is_about_zero_and_of_random_points_minus_a_half():
+    rng = np.random.default_rng(0)
+    steps = rng.standard_normal((200, 20, 16))
+    assert straightness(steps.cumsum(1)) == pytest.approx(0, abs=0.02)
+    assert straightness(steps) == pytest.approx(-0.5, abs=0.02)
+
+
+def test_straightness_leaves_out_steps_without_a_direction():
+    assert straightness(np.array([[0.0, 0], [1, 0], [1, 0], [2, 0], [3, 0]])) == pytest.approx(1)
+    assert np.isnan(straightness(np.zeros((4, 5, 3))))
+    assert np.isnan(straightness(np.zeros((4, 2, 3))))

@@ -62,6 +62,7 @@ def test_a_run_learns_and_leaves_its_files(store, tmp_path):
     assert int(last["step"]) == 120
     for name in ("validation_prediction", "probe_r2", "distance_correlation"):
         assert np.isfinite(float(last[name])), name
+    assert -1 <= float(last["straightness"]) <= 1
     for name in ("sigreg_per_sample", "embedding_std", "effective_rank", "learning_rate", "gradient_norm"):
         assert float(last[name]) >= 0, name
     assert any((tmp_path / "run" / "tensorboard").iterdir())

@@ -15,7 +15,7 @@ from lewm.collector import collect
 from lewm.envs.two_room import DOOR
 from lewm.evaluation import PROTOCOLS, evaluate, make_tasks
 from lewm.progress import Bar
-from lewm.report import draw_episode, draw_report, heading_of, play
+from lewm.pictures import draw_episode, draw_report, heading_of, play
 from lewm.trainer import train
 
 _PROTOCOL = "two-room-25-50"

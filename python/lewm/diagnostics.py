@@ -19,6 +19,20 @@ def effective_rank(z: np.ndarray) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
+def straightness(z: np.ndarray) -> float:
+    """Temporal straightness of latents (..., T, D): the mean cosine between steps that follow each other, from -1 to 1.
+
+    S of the paper's appendix H, `cos(z[t+1] - z[t], z[t+2] - z[t+1])` averaged over t and sequences. Steps of length 0
+    have no direction and are left out; NaN if no two steps that follow each other have one.
+    """
+    steps = np.diff(np.asarray(z, np.float64), axis=-2)
+    lengths = np.linalg.norm(steps, axis=-1)
+    products = (steps[..., :-1, :] * steps[..., 1:, :]).sum(-1)
+    scales = lengths[..., :-1] * lengths[..., 1:]
+    moving = scales > 0
+    return float((products[moving] / scales[moving]).mean()) if moving.any() else float("nan")
+
+
 def probe_r2(z_fit: np.ndarray, y_fit: np.ndarray, z_test: np.ndarray, y_test: np.ndarray) -> float:
     """R2 on held-out rows of a linear (ridge) map from latents (N, D) to states (N, C), averaged over C.
 

@@ -56,6 +56,7 @@ _COLUMNS = (
     "sigreg_per_sample",
     "embedding_std",
     "effective_rank",
+    "straightness",
     "learning_rate",
     "gradient_norm",
     "validation_prediction",
@@ -483,12 +484,14 @@ class _Run:
     def _log(self, losses: dict[str, Any], writer: Any) -> None:
         self._check(losses)
         row = {name: float(value) for name, value in losses.items() if name != "z"}
-        z = losses["z"].flatten(0, 1).float().cpu().numpy()
+        windows = losses["z"].float().cpu().numpy()
+        z = windows.reshape(-1, windows.shape[-1])
         row.update(
             step=self.step,
             sigreg_per_sample=row["sigreg"] / self.config.batch_size,
             embedding_std=float(z.std(0).mean()),
             effective_rank=diagnostics.effective_rank(z),
+            straightness=diagnostics.straightness(windows),
             learning_rate=self._learning_rate(self.step - 1),
             seconds=round(self.seconds, 3),
         )
