@@ -14,8 +14,8 @@ from rich.console import Console
 from lewm.collector import collect
 from lewm.envs.two_room import DOOR
 from lewm.evaluation import PROTOCOLS, evaluate, make_tasks
-from lewm.progress import Bar
 from lewm.pictures import draw_episode, draw_report, heading_of, play
+from lewm.progress import Bar
 from lewm.trainer import train
 
 _PROTOCOL = "two-room-25-50"
