@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from lewm.conversion import convert
     from lewm.data import Dataset
     from lewm.evaluation import PLANNERS, PROTOCOLS, evaluate
+    from lewm.expectation import surprise, voe
     from lewm.model import Model, load, use
+    from lewm.monitor import Calibration, calibrate
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
     from lewm.recipes import RECIPES, recipe
     from lewm.replay import ReplayBuffer
@@ -39,9 +41,13 @@ _HOME = {
     "PLANNERS": "evaluation",
     "PROTOCOLS": "evaluation",
     "evaluate": "evaluation",
+    "surprise": "expectation",
+    "voe": "expectation",
     "Model": "model",
     "load": "model",
     "use": "model",
+    "Calibration": "monitor",
+    "calibrate": "monitor",
     "CEM": "planner",
     "ICEM": "planner",
     "MPPI": "planner",
@@ -62,6 +68,7 @@ __all__ = [
     "PRESETS",
     "PROTOCOLS",
     "RECIPES",
+    "Calibration",
     "Camera",
     "Controller",
     "Dataset",
@@ -74,6 +81,7 @@ __all__ = [
     "StoreWriter",
     "TrainConfig",
     "__version__",
+    "calibrate",
     "collect",
     "compare",
     "convert",
@@ -81,8 +89,10 @@ __all__ = [
     "load",
     "plan",
     "recipe",
+    "surprise",
     "train",
     "use",
+    "voe",
 ]
 
 
