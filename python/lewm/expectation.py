@@ -458,6 +458,8 @@ def _film(result: VoE, frames: np.ndarray) -> bytes:
         axes.set_ylim(0.8 * scores.min(), 1.2 * scores.max() or 1)
         axes.spines[["top", "right"]].set_visible(False)
     below[0].set_ylabel("surprise")
+    canvas.draw()
+    figure.set_layout_engine("none")  # what it found stays; to find it takes longer than all else
     shots, steps = [], np.array(result.steps)
     for step in range(frames.shape[1]):
         seen = steps <= step
