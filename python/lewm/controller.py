@@ -141,7 +141,7 @@ class Controller:
         self._actions, self._mean, self._kept = self._actions[mask], self._mean[mask], self._kept[mask]
         for kept in (self._latents, self._blocks, self._done):
             kept[:] = [array[mask] for array in kept]
-        if (now := self.surprise) is not None:
+        if (now := self.surprise) is not None and np.ndim(now.score):
             self.surprise = replace(now, score=now.score[mask], p_value=now.p_value[mask])
 
     def _call(self, obs: Any, executed: Any) -> Any:
