@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lewm.evaluation import PLANNERS, PROTOCOLS, evaluate
     from lewm.model import Model, load, use
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
+    from lewm.probes import ProbeResult, probe
     from lewm.recipes import RECIPES, recipe
     from lewm.replay import ReplayBuffer
     from lewm.results import compare
@@ -47,6 +48,8 @@ _HOME = {
     "MPPI": "planner",
     "Plan": "planner",
     "plan": "planner",
+    "ProbeResult": "probes",
+    "probe": "probes",
     "RECIPES": "recipes",
     "recipe": "recipes",
     "ReplayBuffer": "replay",
@@ -68,6 +71,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "ProbeResult",
     "ReplayBuffer",
     "StaleFrame",
     "StoreError",
@@ -80,6 +84,7 @@ __all__ = [
     "evaluate",
     "load",
     "plan",
+    "probe",
     "recipe",
     "train",
     "use",
