@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lewm.recipes import RECIPES, recipe
     from lewm.replay import ReplayBuffer
     from lewm.results import compare
+    from lewm.systems import SYSTEMS, bench_systems
     from lewm.trainer import train
 
 _HOME = {
@@ -54,6 +55,8 @@ _HOME = {
     "recipe": "recipes",
     "ReplayBuffer": "replay",
     "compare": "results",
+    "SYSTEMS": "systems",
+    "bench_systems": "systems",
     "train": "trainer",
 }
 
@@ -65,6 +68,7 @@ __all__ = [
     "PRESETS",
     "PROTOCOLS",
     "RECIPES",
+    "SYSTEMS",
     "Camera",
     "Controller",
     "Dataset",
@@ -78,6 +82,7 @@ __all__ = [
     "StoreWriter",
     "TrainConfig",
     "__version__",
+    "bench_systems",
     "collect",
     "compare",
     "convert",
