@@ -65,6 +65,7 @@ def test_each_system_is_lewm_but_for_what_it_says():
         "lewm": {},
         "pldm": {"sigreg_weight": 0.0, "variance": 18.0, "covariance": 12.0, "time_similarity": 0.2,
                  "time_variance": 0.7},
+        "pldm-vicreg": {"sigreg_weight": 0.0, "variance": 1.0, "covariance": 0.04, "time_similarity": 0.2},
         "no-regulariser": {"sigreg_weight": 0.0},
         "stop-gradient": {"target": "stop_gradient"},
         "ema": {"target": "ema"},
@@ -81,6 +82,7 @@ def test_the_loss_terms_are_the_articles():
     counts = {name: (len(system.terms), len(systems._tuned(system))) for name, system in SYSTEMS.items()}
     assert counts["lewm"] == (2, 1)
     assert counts["pldm"] == (7, 6)
+    assert counts["pldm-vicreg"] == (7, 6)
     assert counts["no-regulariser"] == (1, 0)
     assert counts["stop-gradient"] == (2, 1)
     assert counts["ema"] == (2, 2)
@@ -177,7 +179,7 @@ def test_a_collapse_is_in_the_row(bench, tmp_path, monkeypatch):
     assert (row.probe_r, row.straightness, row.effective_rank) == (None, None, None)
     assert set(row.missing) == {"probe_r", "straightness", "effective_rank"}
     text = (tmp_path / "collapsed" / "systems.md").read_text()
-    assert "probe r not measured: the latents of 8 frames are all the same" in text
+    assert "probe r, straightness, effective rank not measured: the latents of 8 frames are all the same" in text
     assert "its training warned of collapse (`CollapseWarning`)" in text
 
 
@@ -241,11 +243,42 @@ def test_a_row_that_was_measured_elsewhere_is_in_the_table(bench, tmp_path):
     assert f"[{low:.1%}, {high:.1%}]" in text
 
 
+def test_rows_of_the_peers_bench_are_taken(bench, tmp_path):
+    """As `benches.systems_peers` writes them: one that was measured, one that was not."""
+    measured = {
+        "system": "TD-MPC2 (stable-worldmodel)", "task": "with a reward", "measured": True, "why_not": None,
+        "loss_terms": 2, "hyperparameters": 1, "tokens_per_frame": 1, "parameters": 1916002,
+        "plan_ms": {"p50": 894.6, "p95": 924.8}, "success": 0.5, "n": 4, "interval": [0.15, 0.85],
+        "random_floor": 0.25, "training": {"steps": 3, "seconds": 1.3, "budget": "Minutes."}, "versions": {},
+        "machine": "", "planner": "its MPPI", "observation": "positions",
+        "names": {"loss_terms": ["consistency", "value"], "hyperparameters": {"rho": 0.5}}, "notes": ["a note"],
+    }  # fmt: skip
+    none = {
+        **dict.fromkeys(measured),
+        "system": "DreamerV3 (dreamerv3 of PyPI)",
+        "measured": False,
+        "why_not": "no jax",
+    }
+    (tmp_path / "rows.json").write_text(json.dumps([measured, none]))
+    found = bench("peers", "lewm", "td-mpc2", "dreamerv3", rows=[tmp_path / "rows.json"])
+    _, row, other = found.rows
+    assert (row.system, row.success_rate, row.n, row.random_floor, row.steps) == ("td-mpc2", 0.5, 4, 0.25, 3)
+    assert (row.parameters, row.plan_ms, row.terms) == (1916002, 894.6, ["consistency", "value"])
+    assert row.note == "TD-MPC2 (stable-worldmodel); positions; its MPPI; Minutes; a note"
+    assert other.missing == {"row": "no jax"}
+    assert "| TD-MPC2 | 2: consistency + value | 1 | 1 | 1,916,002 | 895, " in str(found)
+    assert "plan torch ms, probe r, straightness, effective rank not measured: it was measured in another" in str(found)
+    del measured["training"]
+    (tmp_path / "rows.json").write_text(json.dumps(measured))
+    with pytest.raises(ValueError, match=r"rows: .*rows\.json is not of lewm bench systems \('training'"):
+        bench("peers", "lewm", rows=[tmp_path / "rows.json"])
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
         ("{", "Expecting property name"),
-        ("[1]", "row must be SystemRow, got 1"),
+        ("[1]", "int"),
         ('{"system": "jepa"}', "system must be one of"),
         ('{"system": "td-mpc2", "speed": 1}', "row must have the fields"),
         ('{"system": "td-mpc2", "success_rate": 0.5}', "success_rate and n must be given together"),

@@ -82,6 +82,8 @@ _PLDM = {
     "time_covariance": 0.0,
     "inverse_dynamics": 0.0,
 }
+# Beside a prediction loss of weight 1; VICReg has 25, 25 and 1. One guess for small models, not tuned.
+_VICREG = {"variance": 1.0, "covariance": 0.04, "time_variance": 0.0}
 _DINO_WM = {"two-room": 100, "reacher": 79, "pusht": 74, "cube": 86}
 
 SYSTEMS: dict[str, System] = {
@@ -95,6 +97,13 @@ SYSTEMS: dict[str, System] = {
             (),
             {"sigreg_weight": 0.0, **_PLDM},
             {"two-room": 97, "reacher": 78, "pusht": 78, "cube": 65},
+        ),
+        System(
+            "pldm-vicreg",
+            "PLDM, VICReg's proportions",
+            {"prediction": None, **{name.replace("_", " "): name for name in _PLDM}},
+            (),
+            {"sigreg_weight": 0.0, **_PLDM, **_VICREG},
         ),
         System("no-regulariser", "LeWM without SIGReg", {"prediction": None}, (), {"sigreg_weight": 0.0}),
         System("stop-gradient", "LeWM, stop-gradient", _LEWM, (), {"target": "stop_gradient"}),
@@ -137,6 +146,7 @@ class SystemRow:
 
     Attributes:
         system: A name in `SYSTEMS`.
+        terms: Names of its loss terms, where they are not those in `SYSTEMS`.
         weights: Of its hyper-parameters, by name, as it was run.
         tokens: Vectors that stand for a frame in the predictor.
         parameters: Of all that is needed to plan, frozen parts included, without BatchNorm's statistics.
@@ -156,6 +166,7 @@ class SystemRow:
     """
 
     system: str
+    terms: list[str] | None = None
     weights: dict[str, float] | None = None
     tokens: int | None = None
     parameters: int | None = None
@@ -243,7 +254,7 @@ class SystemsTable:
         lines = ["| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in row) + " |" for row in cells]
         lines += ["", *(f"- {text}" for row in self.rows for text in _remarks(row, self.task))]
         search = f"{self.planner['name'].upper()} {self.planner['samples']} x {self.planner['iterations']}"
-        trained = [row for row in self.rows if row.steps is not None]
+        trained = [row for row in self.rows if row.steps is not None and SYSTEMS[row.system].overrides is not None]
         floors = sorted({row.random_floor for row in self.rows if row.random_floor is not None})
         lines += [
             "",
@@ -460,11 +471,21 @@ def _dino(
             **settings,
         )
     model = dino_wm.DinoWM.load(out)
-    record, wanted = model.meta.get("training") or {}, dino_wm.PRESETS[preset].train | settings
+    base = dino_wm.PRESETS[preset]
+    # What weights say is as large as they are.
+    config = model.config if weights is not None else dino_wm.DinoConfig(data.action_dim, **base.model)
+    record, wanted = model.meta.get("training") or {}, dino_wm._Training(**{**base.train, **settings})
     _check_same(
         out,
-        {"preset": f"{dino_wm.KIND}-{preset}", "seed": seed, "steps": wanted["steps"], "data": data.fingerprint()},
         {
+            "preset": f"{dino_wm.KIND}-{preset}",
+            "model": config,
+            "seed": seed,
+            "steps": wanted.steps,
+            "data": data.fingerprint(),
+        },
+        {
+            "model": model.config,
             "preset": model.meta.get("preset"),
             "seed": record.get("seed"),
             "steps": record.get("steps"),
@@ -617,11 +638,39 @@ def _threads() -> int:
 
 def _rows(path: str | os.PathLike[str]) -> list[SystemRow]:
     """Rows that were measured elsewhere."""
-    return _read(path, "rows", lambda value: [_typed("row", each, SystemRow) for each in _listed(value)])
+
+    def rows(value: Any) -> list[SystemRow]:
+        listed = value if isinstance(value, list) else [value]
+        return [_typed("row", _of_peers(each) if "measured" in each else each, SystemRow) for each in listed]
+
+    return _read(path, "rows", rows)
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _of_peers(found: Any) -> dict[str, Any]:
+    """A row as `benches.systems_peers` writes it, as one of ours."""
+    label = str(found["system"])
+    system = next((name for name, each in SYSTEMS.items() if label.startswith(each.label)), label)
+    if not found["measured"]:
+        return {"system": system, "missing": {"row": found["why_not"]}}
+    names, training = found.get("names") or {}, found["training"]
+    plan_ms = found["plan_ms"]
+    unmeasured = ("plan_torch_ms", "probe_r", "straightness", "effective_rank")
+    remarks = [label, found.get("observation"), found.get("planner"), training.get("budget"), *found.get("notes", ())]
+    return {
+        "system": system,
+        "terms": names.get("loss_terms"),
+        "weights": names.get("hyperparameters"),
+        "tokens": found["tokens_per_frame"],
+        "parameters": found["parameters"],
+        "plan_ms": plan_ms["p50"] if isinstance(plan_ms, dict) else plan_ms,
+        "success_rate": found["success"],
+        "n": found["n"],
+        "random_floor": found.get("random_floor"),
+        "steps": training.get("steps"),
+        "seconds": training.get("seconds"),
+        "missing": dict.fromkeys(unmeasured, "it was measured in another environment, by plans alone"),
+        "note": "; ".join(str(text).rstrip(".") for text in remarks if text),
+    }
 
 
 def _read(path: str | os.PathLike[str], what: str, kind: Any) -> Any:
@@ -635,7 +684,7 @@ def _read(path: str | os.PathLike[str], what: str, kind: Any) -> Any:
             raise ValueError(f"it is larger than {_LARGEST_FILE} bytes")
         value = json.loads(text)
         return _typed("the file", value, kind) if isinstance(kind, type) else kind(value)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{what}: {path} is not of lewm bench systems ({brief(error)})") from None
 
 
@@ -644,7 +693,8 @@ def _read(path: str | os.PathLike[str], what: str, kind: Any) -> Any:
 
 def _cells(row: SystemRow, base: SystemRow | None) -> tuple[str, ...]:
     system, weights = SYSTEMS[row.system], row.weights or {}
-    terms = [f"{weights[by]:g} {name}" if by in weights else name for name, by in system.terms.items()]
+    by = dict.fromkeys(row.terms) if row.terms is not None else system.terms
+    terms = [f"{weights[weight]:g} {name}" if weight in weights else name for name, weight in by.items()]
     solved = ""
     if row.success_rate is not None and row.n is not None:
         low, high = wilson(row.success_rate * row.n, row.n)
@@ -662,7 +712,7 @@ def _cells(row: SystemRow, base: SystemRow | None) -> tuple[str, ...]:
     return (
         system.label,
         f"{len(terms)}: {' + '.join(terms)}",
-        str(len(_tuned(system))),
+        str(len(weights) if row.weights is not None else len(_tuned(system))),
         *(cell or "not measured" for cell in found),
     )
 
@@ -677,7 +727,9 @@ def _remarks(row: SystemRow, task: str) -> list[str]:
     """What the cells leave open, in words."""
     system, missing = SYSTEMS[row.system], dict(row.missing or {})
     texts = [f"not measured: {missing.pop('row')}"] if "row" in missing else []
-    texts += [f"{name.replace('_', ' ')} not measured: {why}" for name, why in missing.items()]
+    for why in dict.fromkeys(missing.values()):
+        what = ", ".join(name.replace("_", " ") for name, each in missing.items() if each == why)
+        texts.append(f"{what} not measured: {why}")
     if row.collapsed:
         texts.append("its training warned of collapse (`CollapseWarning`)")
     if row.note:
