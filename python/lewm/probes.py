@@ -1,4 +1,4 @@
-"""`lewm.probe`: what of the physics an encoder's latents hold, and how straight they move (paper section 5, App. H).
+"""`lewm.probe`: what of the physics latents hold, and how straight they move (the paper's Tables 1, 3, 4, and App. H).
 
 The encoder stays as it is; small maps are fitted from latents to the recorded states, a linear one and an MLP, and
 tested on episodes that they have not seen. What a linear map reads, a planner's squared distance sees too.
@@ -166,7 +166,7 @@ def probe(
 ) -> ProbeResult:
     """Linear and MLP probes of every physical quantity that a data set records, and the straightness of its latents.
 
-    The tables of the paper's section 5 and its appendix H. Targets are standardised by mean and standard deviation of
+    The paper's Tables 1, 3 and 4, and its appendix H. Targets are standardised by mean and standard deviation of
     the fit frames, so errors compare across quantities and data. Probes never see the test episodes: the ridge's
     strength and the MLP's last epoch are chosen on a third of the fit episodes.
 
@@ -203,6 +203,7 @@ def probe(
     tracks = [np.arange(0, data.lengths[episode], block) for episode in test]
     total = min(frames, int(np.minimum(data.lengths[fit], per_episode).sum())) + sum(map(len, tracks))
 
+    y_test = _quantities(data, names, test.tolist(), tracks)
     encoder = _Encoder(encode, total, progress)
     paths = [latents.encode(encoder, data, int(e), track) for e, track in zip(test, tracks, strict=True)]
     z_fit, which, where = latents.scattered(encoder, data, fit, frames=frames, per_episode=per_episode, seed=seed)
@@ -214,7 +215,6 @@ def probe(
         )
     drawn = list(dict.fromkeys(which.tolist()))
     y_fit = _quantities(data, names, drawn, [where[which == episode] for episode in drawn])
-    y_test = _quantities(data, names, test.tolist(), tracks)
     targets, notes = _standardised(y_fit, y_test)
 
     learn = ~np.isin(which, drawn[: -(-len(drawn) // 3)])
