@@ -65,7 +65,7 @@ peers:
 DREAMER := .venv-dreamer/bin/python
 SYSTEMS_SECONDS ?= 720
 SYSTEMS_OUT = benches/results/systems-peers-$(1)-$(shell date +%Y-%m-%d).json
-SYSTEMS_ROW = -OMP_NUM_THREADS=1 PYTHONPATH=. $(2) -m benches.systems_peers $(1) --seconds $(SYSTEMS_SECONDS) --out $(call SYSTEMS_OUT,$(1))
+SYSTEMS_ROW = -OMP_NUM_THREADS=1 $(2) -m benches.systems_peers $(1) --seconds $(SYSTEMS_SECONDS) --out $(call SYSTEMS_OUT,$(1))
 systems-peers:
 	test -x $(PEERS) || $(PYTHON) -m venv .venv-peers
 	$(PEERS) -m pip install '.[train,peers]'
