@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -131,6 +132,17 @@ def test_a_budget_ends_by_steps_or_by_the_clock():
     assert said["steps"] == 1
     assert said["batch"] == 4
     assert systems_peers.CAVEAT in said["budget"]
+
+
+@pytest.mark.parametrize(("one_thread", "counts"), [(True, "work_ms"), (False, "clock_ms")])
+def test_with_one_thread_a_latency_is_of_work(one_thread, counts, monkeypatch):
+    monkeypatch.setattr(systems_peers, "ONE_THREAD", one_thread)
+    found = systems_peers.latency(lambda: time.sleep(0.02), 3)
+    assert found["plans"] == 3
+    assert found["plan_ms_is"] == counts
+    assert found["plan_ms"] == found[counts]
+    assert found["clock_ms"]["p95"] >= found["clock_ms"]["p50"] >= 20
+    assert found["work_ms"]["p50"] < 20  # sleeping is none
 
 
 def test_a_row_has_what_was_found_or_why_not():
