@@ -109,17 +109,13 @@ def test_data_that_cannot_be_labelled(data, tmp_path, monkeypatch):
 
 def test_success_is_measured_as_the_protocol_does():
     """The straight line solves what the protocol says it solves, doing nothing only what was solved at the start."""
-
-    def straight(env, info, active, step):
-        way = info["goal_state"] - info["state"]
-        return np.clip(way / 5, -1, 1).astype(np.float32)
-
-    found = systems_peers.evaluated(straight, 8)
+    found = systems_peers.evaluated(systems_peers.straight_line, 8)
     still = systems_peers.evaluated(lambda env, info, active, step: np.zeros((8, 2), np.float32), 8)
     assert found["success"] > still["success"] == still["solved_at_start"] / 8
     assert found["n"] == 8
     assert found["interval"] == pytest.approx(lewm.evaluation.wilson(8 * found["success"], 8))
     assert found["random_floor"] == still["random_floor"]
+    assert found["straight_line"] == still["straight_line"] == found["success"]
 
 
 def test_a_budget_ends_by_steps_or_by_the_clock():
