@@ -3,6 +3,7 @@
 # make bench-compare            runs bench, then fails if a ratio is more than 15 % below that of benches/baseline.json
 # make docs                     the documentation site, built strictly: build/docs/index.html
 # make peers                    stable-worldmodel in an environment of its own: tests against it, then the comparison
+# make systems-peers            TD-MPC2 and DreamerV3 on TwoRoom with rewards, each in an environment of its own
 # make wheel-check              the wheel and the sdist, each built, listed and installed in a clean environment
 #
 # VENV=path                     environment to use or make: the activated one, else .venv
@@ -14,7 +15,7 @@ PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 export VENV PYTHON TORCH_INDEX
 
-.PHONY: demo test test-interpret test-one-thread lint bench bench-compare peers docs wheel-check setup clean
+.PHONY: demo test test-interpret test-one-thread lint bench bench-compare peers systems-peers docs wheel-check setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -57,6 +58,24 @@ peers:
 	$(if $(SWM_MAIN),PYTHONPATH=$(SWM_MAIN) $(PEERS) -m pytest tests/test_swm.py)
 	$(PEERS) -m benches.peers --out $(PEERS_OUT)
 	$(PEERS) -m benches.peers --tables
+
+# Each system writes a row, also if it cannot be installed or run; that row says why, and the next has its turn.
+# SYSTEMS_SECONDS is what each trains. DreamerV3's own requirements do not install on Python 3.11 (gym==0.19.0), and its
+# agent needs neither gym nor crafter nor tensorflow: it gets the jax of its time, for which there is no Python 3.13.
+DREAMER := .venv-dreamer/bin/python
+SYSTEMS_SECONDS ?= 720
+SYSTEMS_OUT = benches/results/systems-peers-$(1)-$(shell date +%Y-%m-%d).json
+SYSTEMS_ROW = -OMP_NUM_THREADS=1 $(2) -m benches.systems_peers $(1) --seconds $(SYSTEMS_SECONDS) --out $(call SYSTEMS_OUT,$(1))
+systems-peers:
+	test -x $(PEERS) || $(PYTHON) -m venv .venv-peers
+	$(PEERS) -m pip install '.[train,peers]'
+	test -x $(DREAMER) || $(PYTHON) -m venv .venv-dreamer
+	$(DREAMER) -m pip install .
+	-$(DREAMER) -m pip install --no-deps dreamerv3==1.5.0
+	-$(DREAMER) -m pip install 'jax==0.4.20' 'jaxlib==0.4.20' 'tensorflow-probability==0.22.1' 'optax==0.1.7' \
+	  'chex<0.1.86' 'numpy<2' 'scipy<1.13' rich ruamel.yaml cloudpickle
+	$(call SYSTEMS_ROW,td-mpc2,$(PEERS))
+	$(call SYSTEMS_ROW,dreamerv3,$(DREAMER))
 
 wheel-check: setup
 	$(BIN)/python -m pytest -v tests/test_packaging.py

@@ -55,3 +55,12 @@ def test_straightness_leaves_out_steps_without_a_direction():
     assert straightness(np.array([[0.0, 0], [1, 0], [1, 0], [2, 0], [3, 0]])) == pytest.approx(1)
     assert np.isnan(straightness(np.zeros((4, 5, 3))))
     assert np.isnan(straightness(np.zeros((4, 2, 3))))
+
+
+def test_effective_rank_of_more_numbers_than_rows_and_of_one():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(20, 3)) @ rng.normal(size=(3, 90)) + 4
+    values = np.linalg.eigvalsh(np.cov(z, rowvar=False))
+    p = values[values > 1e-9] / values[values > 1e-9].sum()
+    assert effective_rank(z) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+    assert effective_rank(rng.normal(size=(20, 1))) == pytest.approx(1)

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from lewm.model import Model, load, use
     from lewm.monitor import Calibration, calibrate
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
+    from lewm.probes import ProbeResult, probe
     from lewm.recipes import RECIPES, recipe
     from lewm.replay import ReplayBuffer
     from lewm.results import compare
+    from lewm.systems import SYSTEMS, bench_systems
     from lewm.trainer import train
 
 _HOME = {
@@ -53,10 +55,14 @@ _HOME = {
     "MPPI": "planner",
     "Plan": "planner",
     "plan": "planner",
+    "ProbeResult": "probes",
+    "probe": "probes",
     "RECIPES": "recipes",
     "recipe": "recipes",
     "ReplayBuffer": "replay",
     "compare": "results",
+    "SYSTEMS": "systems",
+    "bench_systems": "systems",
     "train": "trainer",
 }
 
@@ -68,6 +74,7 @@ __all__ = [
     "PRESETS",
     "PROTOCOLS",
     "RECIPES",
+    "SYSTEMS",
     "Calibration",
     "Camera",
     "Controller",
@@ -75,12 +82,14 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "ProbeResult",
     "ReplayBuffer",
     "StaleFrame",
     "StoreError",
     "StoreWriter",
     "TrainConfig",
     "__version__",
+    "bench_systems",
     "calibrate",
     "collect",
     "compare",
@@ -88,6 +97,7 @@ __all__ = [
     "evaluate",
     "load",
     "plan",
+    "probe",
     "recipe",
     "surprise",
     "train",

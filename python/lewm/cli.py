@@ -346,6 +346,84 @@ def voe(
 
 
 @app.command()
+def probe(
+    model: _Model,
+    data: _Store,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="A column to read, of several; state, or all, by default.")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="How many to fit on, at most, and to test on, about.")] = 4096,
+    seed: _Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
+) -> None:
+    """What of the recorded states can be read off latents, linearly and by an MLP, and how straight latents move."""
+    from lewm.probes import probe
+    from lewm.progress import Bar
+
+    loaded = _loaded(model, None)
+    with Bar("frames") as bar:
+        result = probe(loaded, data, columns=columns, frames=frames, seed=seed, out=out, progress=bar.count)
+    typer.echo(str(result))
+
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Measure on this machine."""
+
+
+@bench_app.command("systems")
+def bench_systems(
+    task: Annotated[str, typer.Option(help="A recipe, whose data, settings and protocol all have.")] = "two-room",
+    size: Annotated[str | None, typer.Option(help="Of the recipe; by default the one for this machine.")] = None,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(help="lewm, pldm, no-regulariser, stop-gradient, ema, dino-wm, dino-random, ...; all by default."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Store to learn from; by default the recipe's, collected.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; what it has is kept. runs/systems-TASK-SIZE-SEED by default.")
+    ] = None,
+    seed: _Seed = 0,
+    pairs: Annotated[int | None, typer.Option(help="To solve; by default the protocol's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each training; by default the recipe's.")] = None,
+    rows: Annotated[
+        list[Path] | None, typer.Option(help="JSON of a row, or of several, that was measured elsewhere.")
+    ] = None,
+    dino_weights: Annotated[Path | None, typer.Option(help="DINOv2's weights, a local file.")] = None,
+    device: Annotated[str | None, typer.Option(help="To train on, as cpu or cuda:0.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Measure nothing: print the table of this systems.json.")] = None,
+) -> None:
+    """LeWM beside other systems on the same data, encoder size, planner and pairs: the article's table."""
+    from lewm.progress import Bar
+    from lewm.systems import SystemsTable
+    from lewm.systems import bench_systems as bench
+
+    if show is not None:
+        typer.echo(str(SystemsTable.load(show)), nl=False)
+        return
+    with Bar("") as bar:
+        table = bench(
+            task,
+            size,
+            systems=system or None,
+            seed=seed,
+            out=out,
+            data=data,
+            pairs=pairs,
+            steps=steps,
+            rows=rows or (),
+            dino_weights=dino_weights,
+            device=device,
+            progress=lambda what, done, total: bar.count(done, total, what),
+        )
+    typer.echo(str(table), nl=False)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo in it is replaced.")] = Path("runs/demo"),
     seed: _Seed = 0,

@@ -20,6 +20,18 @@ _LARGEST = {
 }
 _LARGEST_WIDTH = 65536
 
+# Loss terms beside the paper's two, by the names of their weights (`lewm.auxiliary`).
+TERMS = (
+    "inverse_dynamics",
+    "reconstruction",
+    "variance",
+    "covariance",
+    "time_similarity",
+    "time_variance",
+    "time_covariance",
+)
+TARGETS = ("online", "stop_gradient", "ema")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -120,7 +132,7 @@ class TrainConfig:
         batch_size: Windows per step.
         frames: Frames per window, `action_block` raw steps apart.
         learning_rate, weight_decay: AdamW.
-        sigreg_weight: The lambda of the loss, prediction + lambda * SIGReg.
+        sigreg_weight: The lambda of the loss, prediction + lambda * SIGReg; with 0 SIGReg is logged alone.
         directions: Random directions P of SIGReg, drawn anew every step.
         epochs: Length of the run in passes over the training windows; not used when `steps` is given.
         steps: Length of the run in optimiser steps.
@@ -129,6 +141,11 @@ class TrainConfig:
             rate hardly falls: 10. With 1 it ends at zero.
         clip: Largest gradient norm.
         inverse_dynamics, reconstruction: Weights of two further terms, 0 for none (`lewm.auxiliary`).
+        variance, covariance, time_similarity, time_variance, time_covariance: Weights of PLDM's, 0 for none; its sixth
+            weight is `inverse_dynamics` (`lewm.auxiliary`).
+        target: What predictions are compared with: "online", the latents themselves, which get gradients from it (the
+            paper's); "stop_gradient", the same without; "ema", those of a moving average of the encoder.
+        ema_decay: What that average keeps of itself in a step.
         validation: Share of episodes held out.
     """
 
@@ -145,6 +162,13 @@ class TrainConfig:
     clip: float = 1.0
     inverse_dynamics: float = 0.0
     reconstruction: float = 0.0
+    variance: float = 0.0
+    covariance: float = 0.0
+    time_similarity: float = 0.0
+    time_variance: float = 0.0
+    time_covariance: float = 0.0
+    target: str = "online"
+    ema_decay: float = 0.996
     validation: float = 0.1
 
     def __post_init__(self) -> None:
@@ -157,11 +181,15 @@ class TrainConfig:
         for name in ("learning_rate", "epochs", "schedule", "clip"):
             if not 0 < _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
-        for name in ("weight_decay", "sigreg_weight", "inverse_dynamics", "reconstruction"):
+        for name in ("weight_decay", "sigreg_weight", *TERMS):
             if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
         if not 0 <= _number("warmup", self.warmup) < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+        if not 0 <= _number("ema_decay", self.ema_decay) < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         if not 0 < _number("validation", self.validation) < 1:
             raise ValueError(f"validation must be above 0 and below 1, got {self.validation!r}")
 

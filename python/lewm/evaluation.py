@@ -30,7 +30,7 @@ from lewm import envs
 from lewm._core import __version__
 from lewm.checks import integer
 from lewm.collector import generate, space_of
-from lewm.config import PRESETS, configure
+from lewm.config import PRESETS, TERMS, configure
 from lewm.controller import Controller
 from lewm.data import Dataset
 from lewm.model_file import brief, write_atomically
@@ -40,7 +40,7 @@ __all__ = ["PLANNERS", "PROTOCOLS", "Protocol", "Result", "evaluate", "wilson"]
 
 # Settings of model and training, each off by default, that make it another method: loss terms beside the paper's two
 # (their weights), heads, the predictor of action prefixes.
-OPTIONAL_PARTS = ("inverse_dynamics", "reconstruction", "distance_head", "action_prior", "action_prefix")
+OPTIONAL_PARTS = (*TERMS, "distance_head", "action_prior", "action_prefix")
 # Latency is that of single plans; this many are timed.
 _TIMED_PLANS = 20
 # Candidates scored at once when `batch` is left open: bounds memory, large enough to keep a CPU busy.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lewm.config import TERMS
 from lewm.evaluation import OPTIONAL_PARTS, PROTOCOLS, Moved, Result, Training, wilson
 
 __all__ = ["Comparison", "compare", "table"]
@@ -146,7 +147,6 @@ _ROW_HEAD = """
 
 Solved: share of n pairs, with its 95 % Wilson interval.
 """
-_TERMS = ("inverse_dynamics", "reconstruction")
 _ROW_COLUMNS = ("task", "method", "solved", "n", "random", "moved", "training", "plan", "model", "command")
 
 
@@ -239,13 +239,14 @@ def _method(result: Result) -> str:
     changes, parts = training.changes, training.parts
     if parts is None:  # an older file, of presets that had none
         parts = {name: changes[name] for name in OPTIONAL_PARTS if changes.get(name)}
-    terms = [f"{name.replace('_', ' ')} {parts[name]}" for name in _TERMS if name in parts]
+    terms = ["prediction" if changes.get("sigreg_weight") == 0 else "two terms"]
+    terms += [f"{name.replace('_', ' ')} {parts[name]}" for name in TERMS if name in parts]
     helps = [name.replace("_", " ") for name in ("action_prior", "action_prefix") if name in parts]
     cost = result.planner["cost"]
     return ", ".join(
         [
             training.preset,
-            " + ".join(["two terms", *terms]),
+            " + ".join(terms),
             *([f"{cost} cost"] if cost else []),
             *helps,
             *_settings({name: value for name, value in changes.items() if name not in OPTIONAL_PARTS}),

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lewm import __version__, diagnostics, envs
-from lewm.auxiliary import Auxiliary
+from lewm.auxiliary import Auxiliary, Average
 from lewm.checks import integer
 from lewm.config import ModelConfig, TrainConfig, configure, preset_named
 from lewm.data import Dataset
@@ -157,25 +157,25 @@ def train(
     return run.train(checkpoint_every, progress)
 
 
-def _encode(network: LeWM, frames: Tensor) -> Tensor:
+def _encode(network: LeWM | Average, frames: Tensor) -> Tensor:
     """Latents (B, T, D)."""
     return network.encode(frames)
 
 
-def _predict(network: LeWM, z: Tensor, actions: Tensor) -> Tensor:
-    """The prediction loss, teacher-forced (paper Eq. 1)."""
+def _predict(network: LeWM, z: Tensor, actions: Tensor, compared: Tensor) -> Tensor:
+    """The prediction loss, teacher-forced (paper Eq. 1), against the latents (B, T, D) in `compared`."""
     history = network.config.history
     embedded = network.action_encoder(actions)
     if network.config.action_prefix:
-        return _prefix_loss(network, z, embedded)
+        return _prefix_loss(network, z, embedded, compared)
     # Every run of `history` frames predicts each frame that follows one of its own.
     context, condition, target = (
-        t.unfold(1, history, 1).transpose(2, 3).flatten(0, 1) for t in (z[:, :-1], embedded, z[:, 1:])
+        t.unfold(1, history, 1).transpose(2, 3).flatten(0, 1) for t in (z[:, :-1], embedded, compared[:, 1:])
     )
     return prediction_loss(network.predict(context, condition).float(), target.float())
 
 
-def _prefix_loss(network: LeWM, z: Tensor, embedded: Tensor) -> Tensor:
+def _prefix_loss(network: LeWM, z: Tensor, embedded: Tensor, compared: Tensor) -> Tensor:
     """The same of an action-prefix model: from every frame all that follow, up to `prefix_blocks` ahead."""
     starts, blocks = embedded.shape[1], network.config.prefix_blocks
     # Near the end of a window prefixes are filled up, which no causal prediction of the others sees.
@@ -185,7 +185,7 @@ def _prefix_loss(network: LeWM, z: Tensor, embedded: Tensor) -> Tensor:
     ahead = [min(blocks, starts - t) for t in range(starts)]
     # Only what is compared enters the statistics of the BatchNorm.
     predicted = network.pred_proj(torch.cat([tokens[:, t, :n] for t, n in enumerate(ahead)], 1))
-    target = torch.cat([z[:, t + 1 : t + 1 + n] for t, n in enumerate(ahead)], 1)
+    target = torch.cat([compared[:, t + 1 : t + 1 + n] for t, n in enumerate(ahead)], 1)
     return prediction_loss(predicted.float(), target.float())
 
 
@@ -245,6 +245,8 @@ class _Run:
             self.auxiliary = Auxiliary(model_config, config)
         self.network.to(self.device)
         self.auxiliary.to(self.device)
+        # What has no parameters leaves nothing in a checkpoint.
+        self.average = Average(self.network) if config.target == "ema" else torch.nn.Module()
         # Heads are trained when the rest is done (`_train_heads`).
         self._trained = [p for name, p in self.network.named_parameters() if not name.startswith(HEADS)]
         self._trained += self.auxiliary.parameters()
@@ -314,6 +316,8 @@ class _Run:
         losses["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self._trained, self.config.clip).detach()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+        if isinstance(self.average, Average):
+            self.average.follow(self.network, self.config.ema_decay)
         self._mark("optimiser")
         return losses
 
@@ -322,7 +326,8 @@ class _Run:
         config = self.config
         with _keyed(_generator(self.device), (self.seed * 0x9E3779B97F4A7C15 + self.step) % 2**63):  # dropout
             z, prediction = self._losses(frames, actions)
-        regulariser = sigreg(z.transpose(0, 1), Directions(config.directions, self.seed, self.step))
+        with torch.set_grad_enabled(config.sigreg_weight > 0):  # else it is there to be looked at
+            regulariser = sigreg(z.transpose(0, 1), Directions(config.directions, self.seed, self.step))
         loss = prediction + config.sigreg_weight * regulariser
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             further = self.auxiliary(z, frames, actions)
@@ -348,9 +353,18 @@ class _Run:
             if self.clock and z.requires_grad:
                 z.register_hook(lambda _: self._mark("predictor and sigreg backward"))
             self._mark("encoder")
-            prediction = predict(self.network, z, actions)
+            prediction = predict(self.network, z, actions, self._compared(z, frames, encode))
             self._mark("predictor")
         return z.float(), prediction
+
+    def _compared(self, z: Tensor, frames: Tensor, encode: Callable[..., Tensor]) -> Tensor:
+        """What predictions are compared with; outside of training the latents themselves: a model plans with those."""
+        if self.config.target == "online" or not self.network.training:
+            return z
+        if self.config.target == "stop_gradient":
+            return z.detach()
+        with torch.no_grad():
+            return encode(self.average, frames)
 
     def _mark(self, part: str) -> None:
         if self.clock:
@@ -360,7 +374,7 @@ class _Run:
         """Compiles encoder and predictor by a step on blank data that leaves nothing behind; False: it cannot be."""
         model, config = self.model_config, self.config
         side = model.image_size
-        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        buffers = [(buffer, buffer.clone()) for part in (self.network, self.average) for buffer in part.buffers()]
         try:
             # Functions, not modules: the names in the state dict stay.
             self._parts = tuple(
@@ -521,21 +535,29 @@ class _Run:
             )
 
     def _warn_of_collapse(self, row: dict[str, float]) -> None:
-        """Once per run, after a grace of 150 steps or the warm-up, in which latents are still spreading out."""
+        """Once per run, after a grace of 150 steps or the warm-up, in which latents are still spreading out.
+
+        SIGReg says so only where it is a term: nothing else keeps the mean of latents at 0.
+        """
         if self.step < max(150, self.config.warmup * self.steps) or self.metrics.get("warned"):
             return
+        config = self.config
         collapsing = (
-            row["sigreg_per_sample"] > diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 2
+            (config.sigreg_weight > 0 and row["sigreg_per_sample"] > diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 2)
             or row["embedding_std"] < 0.1
             or row["effective_rank"] < 1.2
         )
         if collapsing:
             self.metrics["warned"] = 1.0
+            advice = f"Raise sigreg_weight, now {config.sigreg_weight:g}."
+            if config.sigreg_weight == 0 and (config.variance or config.covariance):
+                advice = f"Raise variance, now {config.variance:g}, or covariance, now {config.covariance:g}."
+            elif config.sigreg_weight == 0:
+                advice = "Raise sigreg_weight, now 0: no term keeps latents apart."
             warnings.warn(
                 f"step {self.step}: the latents are collapsing: sigreg / batch {row['sigreg_per_sample']:.3f} "
                 f"(0.402 is a single point), embedding std {row['embedding_std']:.3f}, effective rank "
-                f"{row['effective_rank']:.1f} of {self.model_config.embed_dim}. "
-                f"Raise sigreg_weight, now {self.config.sigreg_weight:g}.",
+                f"{row['effective_rank']:.1f} of {self.model_config.embed_dim}. {advice}",
                 CollapseWarning,
                 stacklevel=2,
             )
@@ -623,8 +645,8 @@ class _Run:
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """The weights of all networks, by their names in a checkpoint."""
-        modules: tuple[tuple[str, torch.nn.Module], ...] = (("network", self.network), ("auxiliary", self.auxiliary))
-        for part, module in modules:
+        for part in ("network", "auxiliary", "average"):
+            module: torch.nn.Module = getattr(self, part)
             for name, value in module.state_dict().items():
                 yield f"{part}.{name}", value
 
@@ -654,6 +676,8 @@ class _Run:
         before = header.get("identity")
         for name, value in self.identity.items():
             had = before.get(name) if isinstance(before, dict) else None
+            if name == "train" and isinstance(had, dict):  # a setting that was not there yet was off
+                had = {**dataclasses.asdict(TrainConfig()), **had}
             if json.loads(json.dumps(value)) != had:
                 raise ValueError(
                     f"{out} was made with {name} {_difference(had, value)}; start a new run in another folder"
@@ -675,12 +699,12 @@ class _Run:
             want |= {f"optimiser.{index}.{k}": s for k, s in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape))}
         # The optimiser's kernels would read beyond the end of what is too short.
         check_shapes(want, tensors, "its tensors are not those of this run")
-        states: dict[str, Any] = {"network": {}, "auxiliary": {}, "optimiser": {}}
+        states: dict[str, Any] = {"network": {}, "auxiliary": {}, "average": {}, "optimiser": {}}
         for name, value in tensors.items():
             part, _, key = name.partition(".")
             states[part][key] = torch.from_numpy(value)
-        self.network.load_state_dict(states["network"])
-        self.auxiliary.load_state_dict(states["auxiliary"])
+        for part in ("network", "auxiliary", "average"):
+            getattr(self, part).load_state_dict(states[part])
         state = self.optimiser.state_dict()
         state["state"] = {}
         for name, value in states["optimiser"].items():
