@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lewm.data import Dataset
     from lewm.evaluation import PLANNERS, PROTOCOLS, evaluate
     from lewm.model import Model, load, use
+    from lewm.page import report
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
     from lewm.recipes import RECIPES, recipe
     from lewm.replay import ReplayBuffer
@@ -42,6 +43,7 @@ _HOME = {
     "Model": "model",
     "load": "model",
     "use": "model",
+    "report": "page",
     "CEM": "planner",
     "ICEM": "planner",
     "MPPI": "planner",
@@ -81,6 +83,7 @@ __all__ = [
     "load",
     "plan",
     "recipe",
+    "report",
     "train",
     "use",
 ]
