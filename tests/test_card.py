@@ -59,4 +59,6 @@ def test_factors_of_environments():
     states = np.arange(14.0).reshape(2, 7)
     assert set(envs.factors("lewm/PushT-v0", states)) == {"agent", "block", "angle"}
     assert envs.factors(None, states)["state"] is states
-    assert envs.factors("lewm/TwoRoom-v0", states)["state"] is states
+    assert envs.factors("lewm/TwoRoom-v0", states)["agent"] is states
+    with pytest.raises(ValueError, match=r"states of lewm/PushT-v0 must be \(N, 7\), got \(2, 3\)"):
+        envs.factors("lewm/PushT-v0", states[:, :3])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lewm.model import Model, load, use
     from lewm.page import report
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
+    from lewm.probes import ProbeResult, probe
     from lewm.recipes import RECIPES, recipe
     from lewm.replay import ReplayBuffer
     from lewm.results import compare
@@ -49,6 +50,8 @@ _HOME = {
     "MPPI": "planner",
     "Plan": "planner",
     "plan": "planner",
+    "ProbeResult": "probes",
+    "probe": "probes",
     "RECIPES": "recipes",
     "recipe": "recipes",
     "ReplayBuffer": "replay",
@@ -70,6 +73,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "ProbeResult",
     "ReplayBuffer",
     "StaleFrame",
     "StoreError",
@@ -82,6 +86,7 @@ __all__ = [
     "evaluate",
     "load",
     "plan",
+    "probe",
     "recipe",
     "report",
     "train",

@@ -340,6 +340,27 @@ def report(
 
 
 @app.command()
+def probe(
+    model: _Model,
+    data: _Store,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="A column to read, of several; state, or all, by default.")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="How many to fit on, at most, and to test on, about.")] = 4096,
+    seed: _Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
+) -> None:
+    """What of the recorded states can be read off latents, linearly and by an MLP, and how straight latents move."""
+    from lewm.probes import probe
+    from lewm.progress import Bar
+
+    loaded = _loaded(model, None)
+    with Bar("frames") as bar:
+        result = probe(loaded, data, columns=columns, frames=frames, seed=seed, out=out, progress=bar.count)
+    typer.echo(str(result))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo in it is replaced.")] = Path("runs/demo"),
     seed: _Seed = 0,

@@ -11,7 +11,9 @@ COLLAPSED_SIGREG_PER_SAMPLE = 0.402
 
 def effective_rank(z: np.ndarray) -> float:
     """Exponential of the entropy of the covariance spectrum of latents (N, D): from 1 to D (Roy and Vetterli, 2007)."""
-    values = np.clip(np.linalg.eigvalsh(np.cov(np.asarray(z, np.float64), rowvar=False)), 0, None)
+    z = z - np.mean(z, axis=0, dtype=np.float64)
+    # Of the two products, the smaller: their eigenvalues above 0 are the same.
+    values = np.clip(np.linalg.eigvalsh(z.T @ z if z.shape[1] <= len(z) else z @ z.T), 0, None)
     total = values.sum()
     if total <= 0:
         return 1.0

@@ -15,15 +15,28 @@ _ENVIRONMENTS = {
 }
 
 
+def known(env_id: str | None) -> bool:
+    """Whether an environment is one of these."""
+    return env_id in _ENVIRONMENTS
+
+
 def factors(env_id: str | None, states: np.ndarray) -> dict[str, np.ndarray]:
     """What a model of an environment should know of its states (N, S): (N, C) by name, angles as sine and cosine.
 
     {"state": states} where the environment is not one of these.
+
+    Raises:
+        ValueError: The environment has states of another width.
     """
-    module, name, _ = _ENVIRONMENTS.get(env_id or "", ("", "TwoRoom", 0))
-    if name == "TwoRoom":
+    if not known(env_id):
         return {"state": states}
-    return getattr(importlib.import_module(f"lewm.envs.{module}"), name).factors(states)
+    module, name, _ = _ENVIRONMENTS[env_id or ""]
+    if name == "TwoRoom":
+        return {"agent": states}
+    task = getattr(importlib.import_module(f"lewm.envs.{module}"), name)
+    if states.shape[1] != task.state_dim:
+        raise ValueError(f"states of {env_id} must be (N, {task.state_dim}), got {states.shape}")
+    return task.factors(states)
 
 
 def register() -> None:
