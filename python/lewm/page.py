@@ -33,6 +33,7 @@ from lewm.losses import characteristic_function, epps_pulley, sigreg_directions
 from lewm.model import Model, load
 from lewm.model_file import brief, write_atomically
 from lewm.pictures import BLUE, GREY, RED, draw_episode, play, principal, read_metrics, states
+from lewm.probes import ProbeResult, Score, probe
 from lewm.tsne import tsne
 
 _DIRECTIONS = 512
@@ -100,6 +101,7 @@ class _Run:
         model: What was trained; None before the run is done.
         data: What it learnt from, or others; None if not found.
         results: Of `lewm evaluate`, by the names of their files.
+        probes: Of `lewm probe`, likewise.
         seed, frames: As of `report`.
         notes: What a reader is to know: what is left out, and why.
     """
@@ -109,9 +111,10 @@ class _Run:
     config: dict[str, Any]
     model: Model | None
     data: Dataset | None
-    results: dict[str, Result]
     seed: int
     frames: int
+    results: dict[str, Result] = field(default_factory=dict)
+    probes: dict[str, ProbeResult] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -151,7 +154,7 @@ def _read(folder: Path, data: Any, seed: int, frames: int) -> _Run:
         raise ValueError(
             f"run must be a folder of lewm train, with metrics.csv or model.safetensors; {folder} has neither"
         )
-    run = _Run(folder, read_metrics(folder) if has_log else {}, {}, None, None, {}, seed, frames)
+    run = _Run(folder, read_metrics(folder) if has_log else {}, {}, None, None, seed, frames)
     if has_model:
         run.model = load(folder / "model.safetensors", precision="float32")
     else:
@@ -161,13 +164,7 @@ def _read(folder: Path, data: Any, seed: int, frames: int) -> _Run:
     if not has_log:
         run.notes.append("There is no metrics.csv: curves are left out.")
     for path in sorted(folder.glob("*.json")):
-        try:
-            if path.name == "config.json":
-                run.config = _described(path)
-            else:
-                run.results[path.name] = Result.load(path)
-        except _PROBLEMS as error:
-            run.notes.append(f"{path.name} is left out: {brief(error)}")
+        _read_json(run, path)
     learnt = run.recorded("data", "fingerprint") or run.config.get("fingerprint")
     if data is not None:
         run.data = data if isinstance(data, Dataset) else Dataset(data)
@@ -186,14 +183,27 @@ def _read(folder: Path, data: Any, seed: int, frames: int) -> _Run:
     return run
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _read_json(run: _Run, path: Path) -> None:
+    """Puts what a file holds where it belongs, or notes that it is nothing for this page."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON ({brief(error)})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"it must be an object, got {type(config).__name__}")
-    return config
+        if path.name == "config.json":
+            run.config = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(run.config, dict):
+                raise ValueError(f"it must be an object, got {type(run.config).__name__}")
+            return
+        kinds: tuple[tuple[Any, dict[str, Any]], ...] = ((Result, run.results), (ProbeResult, run.probes))
+        problems = []
+        for kind, found in kinds:
+            try:
+                found[path.name] = kind.load(path)
+                return
+            except ValueError as error:
+                problems.append(brief(error))
+        raise ValueError("; ".join(problems))
+    except (ValueError, OSError, RecursionError) as error:
+        if path.name == "config.json":
+            run.config = {}
+        run.notes.append(f"{path.name} is left out: {brief(error)}")
 
 
 def _beside(folder: Path, fingerprint: Any) -> Dataset | None:
@@ -263,36 +273,39 @@ def _success(run: _Run) -> str | None:
     if not run.results:
         return None
     weights = None if run.model is None else run.model.hash()
-    columns = ("file", "task", "solved", "pairs", "at the start", "random", "blind", "one plan, p50 and p95", "planner")
-    rows = [
-        (
-            name,
-            r.protocol.name,
-            _rate(r.success_rate, r.interval),
-            f"{r.n}",
-            f"{r.solved_at_start}",
-            _rate(r.random_floor, r.random_interval),
-            "" if r.blind_floor is None else f"{r.blind_floor:.1%}",
-            f"{r.plan_ms['p50']:.1f} and {r.plan_ms['p95']:.1f} ms",
-            f"{r.planner['name']} {r.planner['samples']} x {r.planner['iterations']}, {r.execute} of "
-            f"{r.planner['horizon']} blocks executed, seed {r.seed}, {r.backend} {r.precision}"
-            f"{'' if weights in (None, r.model_hash) else '; of OTHER WEIGHTS'}",
+    columns = ("task", "solved", "pairs", "at the start", "random", "blind", "one plan, p50 and p95")
+    rows, details = [], ""
+    for name, r in run.results.items():
+        other = "" if weights in (None, r.model_hash) else " (of OTHER WEIGHTS)"
+        blind = "" if r.blind_floor is None else f"{r.blind_floor:.1%}"
+        rows.append(
+            (
+                f"{r.protocol.name}{other}",
+                _rate(r.success_rate, r.interval),
+                str(r.n),
+                str(r.solved_at_start),
+                _rate(r.random_floor, r.random_interval),
+                blind,
+                f"{r.plan_ms['p50']:.1f} and {r.plan_ms['p95']:.1f} ms",
+            )
         )
-        for name, r in run.results.items()
-    ]
-    commands = "".join(f"<li><code>{_text(r.command)}</code></li>" for r in run.results.values())
+        how = (
+            f"{name}: {r.planner['name']}, {r.planner['samples']} samples x {r.planner['iterations']} iterations, "
+            f"{r.execute} of {r.planner['horizon']} blocks executed, seed {r.seed}, {r.backend} {r.precision}"
+        )
+        details += f"<li>{_text(how)}<br><code>{_text(r.command)}</code></li>"
     return (
-        "<p>Share of start and goal pairs solved from pictures, with its 95 % Wilson interval (the paper's figure 6, "
-        "protocol in appendix F.1). Random: uniform actions on the same pairs, the floor. Blind: who takes the agent "
-        f"straight to its place in the goal and sees nothing else.</p>{_table(columns, rows)}"
-        f"<details><summary>Commands that measure it again</summary><ul>{commands}</ul></details>"
+        f"{_table(columns, rows)}<p>Share of start and goal pairs solved from pictures, with its 95 % Wilson "
+        "interval (the paper's figure 6, protocol in appendix F.1). Random: uniform actions on the same pairs, the "
+        "floor. Blind: who takes the agent straight to its place in the goal and sees nothing else.</p>"
+        f"<details><summary>Planners, and the commands that measure it again</summary><ul>{details}</ul></details>"
     )
 
 
 def _curves(run: _Run) -> str | None:
     if not len(run.metrics.get("step", ((), ()))[0]):
         return None
-    panels = (
+    panels: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("loss", ("loss",)),
         ("prediction loss", ("prediction", "validation_prediction")),
         ("SIGReg", ("sigreg",)),
@@ -303,15 +316,15 @@ def _curves(run: _Run) -> str | None:
     own = {name for _, names in panels for name in names}
     own |= {"step", "seconds", "sigreg_per_sample", "embedding_std", "effective_rank", "straightness"}
     further = [name for name, (steps, _) in run.metrics.items() if name not in own and len(steps)][:9]
-    shown = [*panels, *((name, (name,)) for name in further)]
+    panels += tuple((name, (name,)) for name in further)
+    shown = [(title, names) for title, names in panels if any(run.last(name) is not None for name in names)]
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(-(-len(shown) // 3), 3, squeeze=False).ravel()
         for axes, (title, names) in zip(grid, shown, strict=False):
             _plot(axes, run, names)
             axes.set(title=_label(title), xlabel="step")
-        for axes in grid[len(shown) :]:
-            axes.remove()
+        _without_empty(figure)
 
     return _figure(
         draw,
@@ -337,8 +350,12 @@ def _plot(axes: Any, run: _Run, names: Sequence[str], colours: Sequence[str] = (
         axes.set_yscale("log")
     if len(axes.lines) > 1:
         axes.legend()
-    if not axes.lines:
-        axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
+
+
+def _without_empty(figure: Figure) -> None:
+    for axes in figure.axes:
+        if not axes.has_data():
+            axes.remove()
 
 
 def _sigreg(run: _Run) -> str | None:
@@ -401,7 +418,7 @@ def _per_direction(z: np.ndarray, directions: torch.Tensor) -> np.ndarray:
 
 
 def _rank(run: _Run) -> str | None:
-    logged = "effective_rank" in run.metrics
+    logged = run.last("effective_rank") is not None
     if run.analysed is None and not logged:
         return None
     z = None if run.analysed is None else run.sample[0]
@@ -409,13 +426,13 @@ def _rank(run: _Run) -> str | None:
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        _plot(left, run, ("effective_rank", "embedding_std"))
-        left.set(title="over training (batches)", xlabel="step")
-        if share is None:
-            right.remove()
-            return
-        right.bar(np.arange(1, len(share) + 1), share, color=BLUE)
-        right.set(title="held-out frames", xlabel="principal component", ylabel="share of the variance")
+        if logged:
+            _plot(left, run, ("effective_rank", "embedding_std"))
+            left.set(title="over training (batches)", xlabel="step")
+        if share is not None:
+            right.bar(np.arange(1, len(share) + 1), share, color=BLUE)
+            right.set(title="held-out frames", xlabel="principal component", ylabel="share of the variance")
+        _without_empty(figure)
 
     value = "" if z is None else f" On held-out frames it is {diagnostics.effective_rank(z):.1f} of {z.shape[1]}."
     return _figure(
@@ -434,18 +451,19 @@ def _straightness(run: _Run) -> str | None:
         chosen = np.random.default_rng(run.seed).permutation(run.held_out)[:_TRACKS]
         tracks = latents.tracks(*run.analysed, chosen, least=3)
         found = np.array([s for track in tracks if np.isfinite(s := diagnostics.straightness(track.z))])
-    if not len(found) and "straightness" not in run.metrics:
+    logged = run.last("straightness") is not None
+    if not len(found) and not logged:
         return None
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        _plot(left, run, ("straightness",))
-        left.set(title="over training (batches)", xlabel="step", ylabel="S")
-        if not len(found):
-            right.remove()
-            return
-        right.hist(found, np.linspace(-1, 1, 41), color=BLUE)
-        right.set(title="held-out episodes", xlabel="S of an episode", ylabel="episodes")
+        if logged:
+            _plot(left, run, ("straightness",))
+            left.set(title="over training (batches)", xlabel="step", ylabel="S")
+        if len(found):
+            right.hist(found, np.linspace(-1, 1, 41), color=BLUE)
+            right.set(title="held-out episodes", xlabel="S of an episode", ylabel="episodes")
+        _without_empty(figure)
 
     value = f" {len(found)} held-out episodes: {found.mean():.3f} ± {found.std():.3f}." if len(found) else ""
     return _figure(
@@ -455,6 +473,38 @@ def _straightness(run: _Run) -> str | None:
         "S, the mean cosine between latent steps that follow each other, from -1 (back and forth) to 1 (a straight "
         f"line); no term of the loss asks for it (the paper's appendix H and figure 17).{value}",
     )
+
+
+def _probes(run: _Run) -> str | None:
+    if not run.probes and run.analysed is not None and run.analysed[1].columns:
+        run.probes[""] = probe(*run.analysed, frames=run.frames, seed=run.seed)
+    columns = ("property", "linear MSE", "linear r", "MLP MSE", "MLP r", "linear R²", "MLP R²")
+    body = ""
+    for name, found in run.probes.items():
+        rows = []
+        for title, each in found.properties.items():
+            cells = [cell for score in (each.linear, each.mlp) for cell in _score(score)]
+            rows.append((title, *cells, *("" if s is None else f"{s.r2:.3f}" for s in (each.linear, each.mlp))))
+        other = run.model is not None and found.model_hash not in (None, run.model.hash())
+        where = f"{name}{' (of OTHER WEIGHTS)' if other else ''}: " if name else ""
+        where += f"{found.test_frames:,} frames of {found.test_episodes:,} episodes"
+        where += f", fitted on {found.fit_frames:,} of {found.fit_episodes:,} others"
+        body += f"<p>{_text(where)}.</p>{_table(columns, rows)}"
+        body += "".join(f"<p>{_text(note)}</p>" for note in found.notes)
+    return body and (
+        f"{body}<p>What can be read off a latent by a linear map and by a small MLP: error on standardised targets (± "
+        "over episodes; 1 is what guessing the mean gives) and Pearson's r (the paper's tables 1, 3 and 4). What a "
+        "linear map reads, a planner's squared distance sees too.</p>"
+    )
+
+
+def _score(score: Score | None) -> tuple[str, str]:
+    """Error and correlation."""
+    if score is None:
+        return "", ""
+    pairs = ((score.mse, score.mse_std), (score.r, score.r_std))
+    mse, r = (f"{value:.3f}" if std is None else f"{value:.3f} ± {std:.3f}" for value, std in pairs)
+    return mse, r
 
 
 def _maps(run: _Run) -> str | None:
@@ -612,6 +662,7 @@ _SECTIONS = (
     _Section("sigreg", "SIGReg by direction", _sigreg),
     _Section("rank", "Effective rank", _rank),
     _Section("straightness", "Temporal straightness", _straightness),
+    _Section("probes", "Probes", _probes),
     _Section("maps", "Maps of the latent space", _maps),
     _Section("episodes", "Episodes", _episodes),
     _Section("run", "The run", _environment),
@@ -635,7 +686,6 @@ _FIGURES = {
     "legend.fontsize": 8,
     "svg.fonttype": "path",
     "svg.hashsalt": "lewm",
-    "text.parse_math": False,  # names from files are no formulas
     "text.usetex": False,
 }
 _ADAPTS = (
@@ -654,7 +704,8 @@ figure{margin:1rem 0}figure img{display:block;max-width:100%;height:auto}figcapt
 margin-top:.4rem;max-width:46rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.25rem 1rem .25rem 0;border-bottom:1px solid var(--line);
-white-space:pre-line}tbody th{font-weight:normal;color:var(--soft)}thead td{border:0;padding:0}
+white-space:pre-line}tbody th{font-weight:normal;color:var(--soft)}
+thead td{border:0;padding:0}
 aside{background:var(--shade);border-left:3px solid var(--soft);padding:.5rem 1rem}aside ul{margin:0;padding-left:1rem}
 summary{cursor:pointer;margin:.6rem 0}code{overflow-wrap:anywhere;font-size:.9em}
 """
@@ -704,7 +755,8 @@ def _text(value: Any) -> str:
 def _label(name: str) -> str:
     """Text from a file for within a figure, which has no line breaks and few letters."""
     text = "".join(c if c.isascii() and c.isprintable() else "?" for c in name)
-    return (text if len(text) <= 40 else f"{text[:40]}...").lstrip("_") or "?"  # legends hide what begins with _
+    text = (text if len(text) <= 40 else f"{text[:40]}...").lstrip("_")  # legends hide what begins with _
+    return text.replace("$", r"\$") or "?"  # no formulas
 
 
 def _settings(rows: dict[str, Any]) -> str:
