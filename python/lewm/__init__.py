@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from lewm.conversion import convert
     from lewm.data import Dataset
     from lewm.evaluation import PLANNERS, PROTOCOLS, evaluate
+    from lewm.expectation import surprise, voe
     from lewm.model import Model, load, use
+    from lewm.monitor import Calibration, calibrate
     from lewm.page import report
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
     from lewm.probes import ProbeResult, probe
@@ -41,10 +43,14 @@ _HOME = {
     "PLANNERS": "evaluation",
     "PROTOCOLS": "evaluation",
     "evaluate": "evaluation",
+    "surprise": "expectation",
+    "voe": "expectation",
     "Model": "model",
     "load": "model",
     "use": "model",
     "report": "page",
+    "Calibration": "monitor",
+    "calibrate": "monitor",
     "CEM": "planner",
     "ICEM": "planner",
     "MPPI": "planner",
@@ -67,6 +73,7 @@ __all__ = [
     "PRESETS",
     "PROTOCOLS",
     "RECIPES",
+    "Calibration",
     "Camera",
     "Controller",
     "Dataset",
@@ -80,6 +87,7 @@ __all__ = [
     "StoreWriter",
     "TrainConfig",
     "__version__",
+    "calibrate",
     "collect",
     "compare",
     "convert",
@@ -89,8 +97,10 @@ __all__ = [
     "probe",
     "recipe",
     "report",
+    "surprise",
     "train",
     "use",
+    "voe",
 ]
 
 

@@ -361,6 +361,28 @@ def probe(
 
 
 @app.command()
+def voe(
+    model: _Model,
+    stats: _Stats = None,
+    task: Annotated[
+        str | None, typer.Option(help="two-room, pusht, reacher or cube; that of the model's data by default.")
+    ] = None,
+    clips: Annotated[int, typer.Option(help="Matched clips.")] = 100,
+    blocks: Annotated[int, typer.Option(help="Predictor steps of a clip; the change is in its middle.")] = 12,
+    out: Annotated[Path, typer.Option(help="Folder for voe.json, voe.png and voe.gif.")] = Path("voe"),
+    seed: _Seed = 0,
+) -> None:
+    """Violation of expectation: is the model surprised by a changed colour, and by what is teleported?"""
+    from lewm.expectation import voe
+    from lewm.progress import Bar
+
+    loaded = _loaded(model, stats)
+    with Bar("clips") as bar:
+        result = voe(loaded, task, clips=clips, seed=seed, blocks=blocks, out=out, progress=bar.count)
+    typer.echo(str(result))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo in it is replaced.")] = Path("runs/demo"),
     seed: _Seed = 0,

@@ -11,6 +11,7 @@ import numpy as np
 
 from lewm import pixels
 from lewm.checks import integer
+from lewm.monitor import Calibration, Surprise, newest_error
 from lewm.planner import (
     Plan,
     Planner,
@@ -50,9 +51,14 @@ class Controller:
         shrink: Arrive when the first plan said: each search looks ahead only as far as the plan before it still goes,
             so that nothing is put off, and the one after the last starts anew with the whole horizon. Without effect
             when whole plans are executed.
+        monitor: Say at each block boundary how surprising the newest picture is (paper section 5.2): True, compared
+            with what the model's file says of normal data, or with a `lewm.calibrate(...)` of one's own. It changes no
+            action; it costs a prediction of one block, and within a plan of a model without a history an encoded
+            picture.
 
     Attributes:
         plan: The last `lewm.Plan`, None before the first.
+        surprise: The newest `lewm.monitor.Surprise`; None before the first whole block, and without a monitor.
 
     Not thread-safe: a call during another one raises RuntimeError.
     """
@@ -69,6 +75,7 @@ class Controller:
         env_id: Any = 0,
         warm_start: bool = True,
         shrink: bool = False,
+        monitor: bool | Calibration = False,
     ) -> None:
         self.model = model
         self.planner = planner_of(model, planner)
@@ -79,6 +86,9 @@ class Controller:
         self.env_id = env_id
         self.warm_start = warm_start
         self.shrink = shrink
+        if not isinstance(monitor, bool | Calibration):
+            raise TypeError(f"monitor must be True, False or what lewm.calibrate gives, got {monitor!r}")
+        self._normal = Calibration.of_model(model) if monitor is True else monitor or None
         self._lock = threading.Lock()
         self._core: dict[tuple[np.dtype, int], Any] = {}  # the planner's memory, for each float type and horizon seen
         self.reset(goal)
@@ -88,7 +98,9 @@ class Controller:
         if goal is not None:
             self._goal = encode_goal(self.model, goal)
         self.plan: Plan | None = None
+        self.surprise: Surprise | None = None
         self._plans = 0
+        self._blocks_done = 0
         self._actions: np.ndarray | None = None  # (E, execute * block, A_raw) of the current plan
         self._step = 0  # how many of them have been given out
         self._mean: np.ndarray | None = None  # (E, H, A) of the current plan
@@ -129,6 +141,8 @@ class Controller:
         self._actions, self._mean, self._kept = self._actions[mask], self._mean[mask], self._kept[mask]
         for kept in (self._latents, self._blocks, self._done):
             kept[:] = [array[mask] for array in kept]
+        if (now := self.surprise) is not None:
+            self.surprise = replace(now, score=now.score[mask], p_value=now.p_value[mask])
 
     def _call(self, obs: Any, executed: Any) -> Any:
         started = time.perf_counter()
@@ -141,16 +155,24 @@ class Controller:
 
         # The new state is built aside and kept at the end, so that a call that raises can be repeated.
         latents, blocks, done = self._latents, self._blocks, self._done
+        blocks_done, surprise = self._blocks_done, self.surprise
         if self._actions is not None:
             done = [*done, self._executed(executed)]
         elif executed is not None:
             raise ValueError("executed must be None in the first call after a reset: nothing was executed yet")
         if len(done) == self.model.config.action_block:
-            blocks, done = [*blocks, np.concatenate(done, axis=-1)], []
+            blocks, done, blocks_done = [*blocks, np.concatenate(done, axis=-1)], [], blocks_done + 1
 
         plan_now = self._actions is None or self._step == self._actions.shape[1]
-        if not done and (plan_now or self.model.config.history > 1):
-            latents = [*latents, encode(self.model, frames, "obs")][-self.model.config.history :]
+        if not done and (plan_now or self._normal or self.model.config.history > 1):
+            newest = encode(self.model, frames, "obs")
+            if self._normal and latents:
+                score = newest_error(self.model, latents, blocks, newest)
+                p_value = self._normal.p_value(score)
+                if single:
+                    score, p_value = float(score[0]), float(p_value[0])
+                surprise = Surprise(blocks_done * self.model.config.action_block, score, p_value)
+            latents = [*latents, newest][-self.model.config.history :]
             blocks = blocks[len(blocks) - (len(latents) - 1) :]
         if plan_now:
             z = np.stack(latents, axis=1)
@@ -180,6 +202,7 @@ class Controller:
             found = first(found) if single else found
             self.plan = replace(found, actions=like(obs, found.actions))
         self._latents, self._blocks, self._done = latents, blocks, done
+        self._blocks_done, self.surprise = blocks_done, surprise
         action = self._actions[:, self._step]
         self._step += 1
         return like(obs, action[0] if single else action)

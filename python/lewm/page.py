@@ -28,10 +28,12 @@ from matplotlib.figure import Figure
 from lewm import StoreError, __version__, diagnostics, envs, latents
 from lewm.checks import integer
 from lewm.data import Dataset
-from lewm.evaluation import PROTOCOLS, Result, make_tasks
+from lewm.evaluation import _LARGEST_FILE, PROTOCOLS, Result, _typed, make_tasks
+from lewm.expectation import VoE
 from lewm.losses import characteristic_function, epps_pulley, sigreg_directions
 from lewm.model import Model, load
 from lewm.model_file import brief, write_atomically
+from lewm.monitor import Calibration, calibrate
 from lewm.pictures import BLUE, GREY, RED, draw_episode, play, principal, read_metrics, states
 from lewm.probes import ProbeResult, Score, probe
 from lewm.tsne import tsne
@@ -42,7 +44,7 @@ _TRACKS = 32  # episodes of which the straightness is measured
 _PAIRS = 16  # of a protocol, from which the one to be steered is taken
 _COLOURS = 6  # state numbers that the maps show
 _POINTS = 1000  # of one curve
-_GIF_BYTES = 4_000_000  # of all episodes together; the page is to stay below 10 MB
+_GIF_BYTES = 4_000_000  # of all from the folder together; the page is to stay below 10 MB
 _TEXT = 2000  # characters of one text from a file
 # What went wrong in a section is said on the page; the others are made.
 _PROBLEMS = (ValueError, TypeError, LookupError, ArithmeticError, OSError, ImportError, RuntimeError, StoreError)
@@ -102,6 +104,7 @@ class _Run:
         data: What it learnt from, or others; None if not found.
         results: Of `lewm evaluate`, by the names of their files.
         probes: Of `lewm probe`, likewise.
+        expectations: Of `lewm voe`, likewise.
         seed, frames: As of `report`.
         notes: What a reader is to know: what is left out, and why.
     """
@@ -115,6 +118,7 @@ class _Run:
     frames: int
     results: dict[str, Result] = field(default_factory=dict)
     probes: dict[str, ProbeResult] = field(default_factory=dict)
+    expectations: dict[str, VoE] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -163,8 +167,8 @@ def _read(folder: Path, data: Any, seed: int, frames: int) -> _Run:
         )
     if not has_log:
         run.notes.append("There is no metrics.csv: curves are left out.")
-    for path in sorted(folder.glob("*.json")):
-        _read_json(run, path)
+    for name, path in _files(folder, "json"):
+        _read_json(run, name, path)
     learnt = run.recorded("data", "fingerprint") or run.config.get("fingerprint")
     if data is not None:
         run.data = data if isinstance(data, Dataset) else Dataset(data)
@@ -183,27 +187,58 @@ def _read(folder: Path, data: Any, seed: int, frames: int) -> _Run:
     return run
 
 
-def _read_json(run: _Run, path: Path) -> None:
+def _files(folder: Path, kind: str) -> list[tuple[str, Path]]:
+    """Files in the run folder and in the folders within it, by their names from there."""
+    found = [*folder.glob(f"*.{kind}"), *folder.glob(f"*/*.{kind}")]
+    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+
+
+def _read_json(run: _Run, name: str, path: Path) -> None:
     """Puts what a file holds where it belongs, or notes that it is nothing for this page."""
+    kinds: tuple[tuple[Callable[[Path], Any], dict[str, Any]], ...] = (
+        (Result.load, run.results),
+        (ProbeResult.load, run.probes),
+        (_voe, run.expectations),
+    )
+    problems = []
     try:
-        if path.name == "config.json":
-            run.config = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(run.config, dict):
-                raise ValueError(f"it must be an object, got {type(run.config).__name__}")
+        if name == "config.json":
+            run.config = _object(path)
             return
-        kinds: tuple[tuple[Any, dict[str, Any]], ...] = ((Result, run.results), (ProbeResult, run.probes))
-        problems = []
-        for kind, found in kinds:
+        for loaded, found in kinds:
             try:
-                found[path.name] = kind.load(path)
+                found[name] = loaded(path)
                 return
             except ValueError as error:
                 problems.append(brief(error))
         raise ValueError("; ".join(problems))
-    except (ValueError, OSError, RecursionError) as error:
-        if path.name == "config.json":
-            run.config = {}
-        run.notes.append(f"{path.name} is left out: {brief(error)}")
+    except (ValueError, OSError) as error:
+        run.notes.append(f"{name} is left out: {brief(error)}")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(_LARGEST_FILE))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON ({brief(error)})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} must be an object, got {type(found).__name__}")
+    return found
+
+
+def _voe(path: Path) -> VoE:
+    """What `lewm voe` wrote."""
+    try:
+        found = _object(path)
+        found.pop("curves", None)
+        result: VoE = _typed("the file", found, VoE)
+        shapes = {kind: np.shape(rows) for kind, rows in result.scores.items()}
+        if set(shapes.values()) != {(result.clips, len(result.steps))} or not shapes.keys() > result.tests.keys():
+            raise ValueError(f"its scores must be of each clip and step, got {shapes}")
+        return result
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"voe: {path} is no result of lewm voe ({brief(error)})") from None
 
 
 def _beside(folder: Path, fingerprint: Any) -> Dataset | None:
@@ -507,6 +542,79 @@ def _score(score: Score | None) -> tuple[str, str]:
     return mse, r
 
 
+def _surprise(run: _Run) -> str | None:
+    normal = None
+    if run.recorded("training", "surprise") is not None:
+        normal, source = Calibration.of_model(run.model), "held-out episodes, by the model's file"
+    elif run.analysed is not None:
+        normal, source = calibrate(*run.analysed, seed=run.seed), "held-out episodes, measured for this page"
+    body = "" if normal is None else _calibration(normal, source)
+    for name, found in run.expectations.items():
+        other = run.model is not None and found.model_hash != run.model.hash()
+        body += _expectation(f"{name}{' (of OTHER WEIGHTS)' if other else ''}", found)
+    return body or None
+
+
+def _calibration(normal: Calibration, source: str) -> str:
+    scores = np.array(normal.quantiles)
+    limits = {p: float(np.quantile(scores, 1 - p)) for p in (0.05, 0.01)}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        low, high = max(scores.min(), 1e-9), max(scores.max(), 1e-9)
+        axes.hist(np.maximum(scores, low), np.geomspace(low * 0.99, high * 1.01, 41), color=BLUE)
+        for (p, limit), style in zip(limits.items(), ("--", ":"), strict=True):
+            axes.axvline(limit, color=RED, ls=style, lw=1.2, label=f"p = {p:g}: {limit:.3g}")
+        axes.set(xscale="log", xlabel="surprise (mean squared latent error)", ylabel="of 256 quantiles, or of all")
+        axes.legend()
+
+    return _figure(
+        draw,
+        (7, 3),
+        "Histogram of the surprise of normal steps, with the limits of p = 0.05 and p = 0.01",
+        f"How surprising normal data are: the error of a prediction one step ahead, of {normal.count:,} steps of {source} "
+        "(the paper's section 5.2). A controller's monitor calls a step as surprising as the lines in one of 20 and one "
+        "of 100 normal steps.",
+    )
+
+
+def _expectation(name: str, found: VoE) -> str:
+    colours = {"normal": GREY, "visual": BLUE, "physical": RED}
+    what = {"normal": "normal", "visual": "colour changed", "physical": "teleported"}
+    positive = min(min(row) for rows in found.scores.values() for row in rows) > 0
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for kind, curve in found.curves().items():
+            colour = colours.get(kind, GREY)
+            axes.plot(found.steps, curve["mean"], "o-", color=colour, ms=3, lw=1.3, label=_label(what.get(kind, kind)))
+            axes.fill_between(found.steps, curve["low"], curve["high"], color=colour, alpha=0.25, lw=0)
+        axes.axvline(found.change, color=GREY, ls=":", lw=1)
+        axes.set(xlabel="environment step", ylabel="surprise", yscale="log" if positive else "linear")
+        axes.legend()
+
+    columns = ("against normal", "difference", "95 % interval", "t", "p", "clips")
+    rows = [
+        (
+            what.get(kind, kind),
+            f"{test.difference:+.4g}",
+            f"{test.interval[0]:+.4g} to {test.interval[1]:+.4g}",
+            f"{test.t:.2f}",
+            f"{test.p:.2g}",
+            str(test.n),
+        )
+        for kind, test in found.tests.items()
+    ]
+    return _figure(
+        draw,
+        (7, 3.2),
+        "Surprise along normal clips, clips with a changed colour and clips with a teleport",
+        f"{name}: mean surprise and 95 % interval over {found.clips} matched clips of {found.env_id}, which differ from "
+        "the dotted line on (the paper's section 5.2 and appendix F.3). A model that knows physics is more surprised by "
+        "the teleport than by the colour; below, the paired t-test.",
+    ) + _table(columns, rows)
+
+
 def _maps(run: _Run) -> str | None:
     if run.analysed is None:
         return None
@@ -552,18 +660,17 @@ def _maps(run: _Run) -> str | None:
 
 
 def _episodes(run: _Run) -> str | None:
-    gifs = {path.name: path for path in sorted(run.folder.glob("*.gif"))}
     shown, size = [], 0
-    for name, path in gifs.items():
-        size += path.stat().st_size
+    for name, path in _files(run.folder, "gif"):
+        content = path.read_bytes()
+        size += len(content)
         if size > _GIF_BYTES:
             run.notes.append(f"{name} and what follows it are left out: the page would grow too large.")
             break
-        content = path.read_bytes()
         if content[:6] not in (b"GIF87a", b"GIF89a"):
             raise ValueError(f"{name} is no GIF")
         shown.append(_image("gif", content, f"Animation {name}", f"{name}, from the run folder."))
-    if not gifs and (steered := _steered(run)):
+    if not (run.folder / "episode.gif").exists() and (steered := _steered(run)):
         shown.append(steered)
     return "".join(shown) or None
 
@@ -663,6 +770,7 @@ _SECTIONS = (
     _Section("rank", "Effective rank", _rank),
     _Section("straightness", "Temporal straightness", _straightness),
     _Section("probes", "Probes", _probes),
+    _Section("surprise", "Surprise", _surprise),
     _Section("maps", "Maps of the latent space", _maps),
     _Section("episodes", "Episodes", _episodes),
     _Section("run", "The run", _environment),

@@ -36,6 +36,7 @@ from lewm.loader import Batch, Loader
 from lewm.losses import Directions, prediction_loss, sigreg
 from lewm.model import Model
 from lewm.model_file import brief, check_shapes, checked_stats, read_tensors, write_atomically, write_tensors
+from lewm.monitor import calibrate
 from lewm.network import LeWM
 from lewm.pixels import resize_area
 from lewm.torch_backend import device_of
@@ -112,6 +113,9 @@ def train(
     is a function of (data, configuration, seed): one that was interrupted and resumed has the losses of one that was
     not, bit for bit on the same machine and thread count (on a GPU up to the order in which its own kernels add, unless
     torch's deterministic mode is on).
+
+    The model's file also holds how surprising the held-out episodes are to it (`lewm.calibrate`), for
+    `lewm.Controller(..., monitor=True)`.
 
     Args:
         data: A store or its path. Frames of another size than the preset's are area-resized.
@@ -290,6 +294,10 @@ class _Run:
         self._precise_batchnorm()
         self._train_heads()
         model = self._model()
+        # Held-out episodes without a whole block, or a model that has collapsed, leave nothing to compare with.
+        with contextlib.suppress(ValueError):
+            normal = calibrate(model, self.data, episodes=self.validation_episodes, seed=self.seed)
+            model.meta["training"]["surprise"] = normal.to_dict()
         model.save(self.out / "model.safetensors")
         return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,18 @@ def factors(env_id: str | None, states: np.ndarray) -> dict[str, np.ndarray]:
     if states.shape[1] != task.state_dim:
         raise ValueError(f"states of {env_id} must be (N, {task.state_dim}), got {states.shape}")
     return task.factors(states)
+
+
+def simulator(env_id: str, **settings: Any) -> Any:
+    """What moves and draws one environment, without a goal: a `lewm.envs.task.Task`, or `two_room.TwoRoom`.
+
+    Raises:
+        ValueError: The environment is not one of these.
+    """
+    if env_id not in _ENVIRONMENTS:
+        raise ValueError(f"env_id must be one of {', '.join(_ENVIRONMENTS)}, got {env_id!r}")
+    module, name, _ = _ENVIRONMENTS[env_id]
+    return getattr(importlib.import_module(f"lewm.envs.{module}"), name)(**settings)
 
 
 def register() -> None:

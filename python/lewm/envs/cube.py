@@ -25,6 +25,7 @@ SUCCESS_DISTANCE = 0.04
 POSITIONS, VELOCITIES, CONTROLS = 21, 20, 7  # widths of the three parts of a state
 CUBE = slice(14, 17)  # where in a state the cube's place is
 CUBE_QUATERNION = slice(17, 21)
+_CUBE_VELOCITY = slice(POSITIONS + 14, POSITIONS + 20)
 _ARM = slice(0, 6)
 _GRIPPER = 6  # the joint that ogbench takes the opening from
 _CELL = 0.004  # m: detail of the arm's meshes that a light look keeps, about a pixel at 224
@@ -60,6 +61,8 @@ class _CubeEngine(Engine):
 class Cube(EngineTask):
     """The cube. Action: how the gripper shall move in 0.05 s: x, y, z in multiples of 0.05 m, yaw of 0.3 rad, opening.
 
+    Recoloured and teleported is the cube.
+
     Args:
         look: "official" draws ogbench's picture, at 5 frames/s on a core without a graphics card. "light" draws it
             without shadows, reflections and sky, and the arm's meshes with details of 4 mm, 30 times as fast.
@@ -72,6 +75,7 @@ class Cube(EngineTask):
     action_high = np.full(5, 1, dtype=np.float32)
     seconds = 0.05
     engine_type: ClassVar[type[Engine]] = _CubeEngine
+    repaint = ("object_0", (0.2, 0.4, 0.95, 1.0))
 
     def __init__(self, look: str = "light") -> None:
         super().__init__(look)
@@ -132,6 +136,20 @@ class Cube(EngineTask):
             "arm": np.concatenate([np.sin(arm), np.cos(arm)], axis=1),
             "gripper": states[:, _GRIPPER : _GRIPPER + 1],
         }
+
+    def teleported(self, state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """`state` with the cube at rest on the floor, where an episode's start may have it and the arm is not."""
+        model, data = self._engine.model, self._engine.data
+        cube, after = model.geom("object_0").id, state.copy()
+        while True:
+            yaw = rng.uniform(0, 2 * np.pi)
+            after[CUBE] = *rng.uniform(*self._engine.env._object_sampling_bounds), 0.02
+            after[CUBE_QUATERNION] = np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+            after[_CUBE_VELOCITY] = 0
+            self._engine.place(after)
+            touching = data.contact.geom[(data.contact.geom == cube).any(axis=1)]
+            if np.isin(touching, (cube, model.geom("floor").id)).all():
+                return after
 
     def expert_info(self, state: np.ndarray, place: np.ndarray, yaw: float) -> dict[str, Any]:
         """What ogbench's oracles want to know of a state when the cube shall go to `place` (3,) at `yaw`."""

@@ -32,6 +32,7 @@ _GOAL_POSE = (256.0, 256.0, math.pi / 4)  # of the T that is painted on the floo
 
 _FLOOR, _PAINT, _WALL = (255, 255, 255), (144, 238, 144), (211, 211, 211)
 _BLOCK, _BLOCK_INSIDE = (119, 136, 153), (143, 163, 184)
+_RECOLOURED, _RECOLOURED_INSIDE = (190, 90, 20), (235, 120, 40)
 _AGENT, _AGENT_INSIDE = (65, 105, 225), (78, 126, 255)
 _CANVAS = 512
 _SHIFT, _FINE = 3, 8  # coordinates are given in eighths of a canvas pixel
@@ -43,6 +44,8 @@ class PushT(Task):
     An action is where the pusher is drawn to, relative to where it is, in multiples of 100 units; a PD controller moves
     it there for 0.1 s. The pusher goes through walls, the block does not. Success: agent and block, 4 numbers, are less
     than 20 units from the goal's, and the block's angle less than 20 degrees.
+
+    Recoloured is the block; teleported are agent and block, the angle and velocities stay.
 
     Args:
         start_rule: Where a reset puts the block: "anywhere", or on the "mark", the T that is painted on the floor, as
@@ -116,13 +119,17 @@ class PushT(Task):
             step(_DT)
 
     def render(self, size: int) -> np.ndarray:
-        return picture(self.get_state(), size)
+        return picture(self.get_state(), size, self.recoloured)
 
     def distance(self, state: np.ndarray, goal: np.ndarray) -> float:
         return float(np.linalg.norm(state[:4] - goal[:4]))
 
     def success(self, state: np.ndarray, goal: np.ndarray) -> bool:
         return self.distance(state, goal) < POSITION_TOLERANCE and turned(state[4], goal[4]) < ANGLE_TOLERANCE
+
+    def teleported(self, state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """`state` with agent and block at places as an episode's start has them."""
+        return np.concatenate([self.draw_goal(rng, state)[:4], state[4:]])
 
     @classmethod
     def factors(cls, states: np.ndarray) -> dict[str, np.ndarray]:
@@ -151,8 +158,8 @@ def turned(a: Any, b: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------- picture
 
 
-def picture(state: np.ndarray, size: int) -> np.ndarray:
-    """The picture (size, size, 3) uint8 of a state: a function of its first five numbers.
+def picture(state: np.ndarray, size: int, recoloured: bool = False) -> np.ndarray:
+    """The picture (size, size, 3) uint8 of a state: a function of its first five numbers; `recoloured` is the block.
 
     At 224 pixels this is the official picture, but for edges of shapes. At any other size the 512-unit canvas is
     averaged over the area of each pixel.
@@ -166,11 +173,12 @@ def picture(state: np.ndarray, size: int) -> np.ndarray:
     disc = agent - AGENT_RADIUS - 2, agent + AGENT_RADIUS + 2
     # Only what shapes lie in is drawn and scaled, in whole pixels of the picture.
     block, disc = _cells(size, *block), _cells(size, *disc)
+    colours = (_RECOLOURED, _RECOLOURED_INSIDE) if recoloured else (_BLOCK, _BLOCK_INSIDE)
     if (block[0] < disc[1]).all() and (disc[0] < block[1]).all():
-        _draw(frame, (np.minimum(block[0], disc[0]), np.maximum(block[1], disc[1])), shapes, agent)
+        _draw(frame, (np.minimum(block[0], disc[0]), np.maximum(block[1], disc[1])), shapes, agent, colours)
     else:
-        _draw(frame, block, shapes, None)
-        _draw(frame, disc, [], agent)
+        _draw(frame, block, shapes, None, colours)
+        _draw(frame, disc, [], agent, colours)
     return frame
 
 
@@ -183,7 +191,11 @@ def _cells(size: int, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _draw(
-    frame: np.ndarray, cells: tuple[np.ndarray, np.ndarray], shapes: list[np.ndarray], agent: np.ndarray | None
+    frame: np.ndarray,
+    cells: tuple[np.ndarray, np.ndarray],
+    shapes: list[np.ndarray],
+    agent: np.ndarray | None,
+    colours: tuple[tuple[int, int, int], tuple[int, int, int]],
 ) -> None:
     import cv2
 
@@ -197,8 +209,8 @@ def _draw(
     offset = np.array((left * coarse, top * coarse))
     for corners in shapes:
         points = np.rint(_FINE * (corners - offset)).astype(np.int32)
-        cv2.fillConvexPoly(part, points, _BLOCK_INSIDE, cv2.LINE_8, _SHIFT)
-        cv2.polylines(part, [points], True, _BLOCK, 4, cv2.LINE_8, _SHIFT)
+        cv2.fillConvexPoly(part, points, colours[1], cv2.LINE_8, _SHIFT)
+        cv2.polylines(part, [points], True, colours[0], 4, cv2.LINE_8, _SHIFT)
     if agent is not None:
         x, y = np.rint(_FINE * (agent - offset)).astype(int).tolist()
         cv2.circle(part, (x, y), round(_FINE * AGENT_RADIUS), _AGENT, -1, cv2.LINE_8, _SHIFT)

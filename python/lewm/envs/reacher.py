@@ -43,6 +43,8 @@ class _ReacherEngine(Engine):
 class Reacher(EngineTask):
     """The reacher. Action: torques of shoulder and wrist, in multiples of 0.05 Nm; a step is 0.04 s.
 
+    Recoloured is the forearm; teleported are both joints, velocities stay.
+
     Args:
         look: "official" draws dm_control's picture; "light" the same without shadows and reflections.
     """
@@ -54,6 +56,7 @@ class Reacher(EngineTask):
     action_high = np.full(2, 1, dtype=np.float32)
     seconds = 0.04
     engine_type: ClassVar[type[Engine]] = _ReacherEngine
+    repaint = ("hand", (0.2, 0.75, 0.3, 1.0))
 
     def draw_state(self, rng: np.random.Generator) -> np.ndarray:
         """As the suite draws one: shoulder and wrist uniform, at rest."""
@@ -103,6 +106,10 @@ class Reacher(EngineTask):
             "finger": np.stack([x, y], axis=1),
             "velocity": states[:, 2:],
         }
+
+    def teleported(self, state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """`state` with joints as an episode's start has them."""
+        return np.concatenate([self.draw_state(rng)[:2], state[2:]])
 
     def _place(self) -> None:
         self._engine.place(np.concatenate([self._state, np.zeros(2)]))

@@ -17,6 +17,7 @@ import importlib.util
 import os
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -240,6 +241,17 @@ class Engine(abc.ABC):
         data.qpos[:], data.qvel[:], data.ctrl[:] = np.split(state, [model.nq, model.nq + model.nv])
         mujoco.mj_forward(model, data)
 
+    @contextlib.contextmanager
+    def painted(self, geom: str, rgba: tuple[float, ...]) -> Iterator[None]:
+        """Within it a geom has another colour, which also comes before that of its material."""
+        colour = self.model.geom(geom).rgba
+        before = colour.copy()
+        colour[:] = rgba
+        try:
+            yield
+        finally:
+            colour[:] = before
+
     def state(self) -> np.ndarray:
         """(nq + nv + nu,) float64, what `place` takes."""
         return np.concatenate([self.data.qpos, self.data.qvel, self.data.ctrl])
@@ -253,9 +265,13 @@ class EngineTask(Task):
 
     Args:
         look: "light" or "official": how pictures are made.
+
+    Attributes:
+        repaint: The geom that pictures show in another colour where the task is `recoloured`, and that colour, RGBA.
     """
 
     engine_type: ClassVar[type[Engine]]
+    repaint: ClassVar[tuple[str, tuple[float, ...]]]
 
     def __init__(self, look: str = "light") -> None:
         self.look = choice("look", look, LOOKS)
@@ -283,7 +299,8 @@ class EngineTask(Task):
             OSError: GL does not work here; the message says what to install.
         """
         self._place()
-        return self._engine.renderer.draw(self._engine.data, size)
+        with self._engine.painted(*self.repaint) if self.recoloured else contextlib.nullcontext():
+            return self._engine.renderer.draw(self._engine.data, size)
 
     def close(self) -> None:
         """Lets go of the engine; with the last task its memory and GL contexts are freed."""

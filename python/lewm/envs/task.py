@@ -31,6 +31,7 @@ class Task(abc.ABC):
         action_low, action_high: (A,) float32 bounds of an action; what is beyond them is clipped.
         seconds: Of simulated time in a step.
         sizes: Smallest and largest side of a picture.
+        recoloured: Whether pictures show one object, which the class names, in another colour; to be set at any time.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,7 @@ class Task(abc.ABC):
     action_high: ClassVar[np.ndarray]
     seconds: ClassVar[float]
     sizes: ClassVar[tuple[int, int]] = (8, 1024)
+    recoloured: bool = False
 
     @abc.abstractmethod
     def draw_state(self, rng: np.random.Generator) -> np.ndarray:
@@ -76,6 +78,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def success(self, state: np.ndarray, goal: np.ndarray) -> bool:
         """Whether a state counts as the goal."""
+
+    def teleported(self, state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A state (S,) like `state`, but with what the class names at a random place."""
+        raise NotImplementedError(f"{self.name} has nothing that can be teleported")
 
     @classmethod
     def factors(cls, states: np.ndarray) -> dict[str, np.ndarray]:

@@ -101,7 +101,7 @@ def _distance(states: np.ndarray, goals: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- picture
 
 
-def render_states(states: np.ndarray, size: int = EXTENT) -> np.ndarray:
+def render_states(states: np.ndarray, size: int = EXTENT, recoloured: bool = False) -> np.ndarray:
     """Draws N pictures at once: white rooms, black walls, the agent as a red Gaussian dot; the goal is not drawn.
 
     At 224 pixels this is the official picture, rounding aside. At any other size walls and dot are averaged over
@@ -111,6 +111,7 @@ def render_states(states: np.ndarray, size: int = EXTENT) -> np.ndarray:
     Args:
         states: (N, 2), positions between 0 and 224.
         size: side of the pictures in pixels, at least 8.
+        recoloured: draw the agent in blue.
 
     Returns:
         (N, size, size, 3) uint8.
@@ -128,7 +129,7 @@ def render_states(states: np.ndarray, size: int = EXTENT) -> np.ndarray:
     canvas = _canvas(size)
     frames = np.empty((len(states), size, size, 3), dtype=np.uint8)
     frames[:] = canvas.rgb
-    side = canvas.patch
+    side, (dot, *others) = canvas.patch, (2, 0, 1) if recoloured else (0, 1, 2)
     patches = sliding_window_view(frames, (side, side, 3), axis=(1, 2, 3), writeable=True)
     background = sliding_window_view(canvas.grey, (side, side))
     for first in range(0, len(states), _CHUNK):
@@ -138,8 +139,8 @@ def render_states(states: np.ndarray, size: int = EXTENT) -> np.ndarray:
         opacity = opacity_y[:, :, None] * opacity_x[:, None, :]
         rest = background[y, x] * (1 - opacity)
         patch = np.empty((*rest.shape, 3), dtype=np.uint8)
-        patch[..., 0] = rest + 255 * opacity  # float to uint8 rounds down, as the official code does
-        patch[..., 1] = patch[..., 2] = rest
+        patch[..., dot] = rest + 255 * opacity  # float to uint8 rounds down, as the official code does
+        patch[..., others[0]] = patch[..., others[1]] = rest
         patches[rows, y, x, 0] = patch
     return frames
 
@@ -186,6 +187,39 @@ def _profile(centres: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.
     first = np.clip((((centres + 0.5) * size / EXTENT).astype(np.intp) - side // 2), 0, size - side)
     opacity = _area_average(profile, size).astype(np.float32)
     return first, sliding_window_view(opacity, side, axis=1)[np.arange(len(centres)), first]
+
+
+class TwoRoom:
+    """One TwoRoom with the methods of `lewm.envs.task.Task` that move and draw; a state is (2,).
+
+    Attributes:
+        recoloured: Whether pictures show the agent in blue.
+    """
+
+    recoloured = False
+
+    def set_state(self, state: np.ndarray) -> None:
+        """Puts the agent there."""
+        self._states = np.array(state, dtype=np.float64)[None]
+
+    def get_state(self) -> np.ndarray:
+        """(2,) float64 where the agent is."""
+        return self._states[0].copy()
+
+    def step(self, action: np.ndarray) -> None:
+        """Moves on by one step with an action (2,)."""
+        self._states = step_states(self._states, np.asarray(action)[None])
+
+    def render(self, size: int) -> np.ndarray:
+        """The picture (size, size, 3) uint8."""
+        return render_states(self._states, size, self.recoloured)[0]
+
+    def teleported(self, state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A random place (2,) where an episode could start."""
+        return _draw_state(rng)
+
+    def close(self) -> None:
+        """There is nothing to free."""
 
 
 # ------------------------------------------------------------------------------------------------------ environments
