@@ -213,7 +213,7 @@ def _read_json(run: _Run, name: str, path: Path) -> None:
                 problems.append(brief(error))
         raise ValueError("; ".join(problems))
     except (ValueError, OSError) as error:
-        run.notes.append(f"{name} is left out: {brief(error)}")
+        run.notes.append(f"{name}: left out. {brief(error)}")
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -526,7 +526,9 @@ def _probes(run: _Run) -> str | None:
         where += f", fitted on {found.fit_frames:,} of {found.fit_episodes:,} others"
         body += f"<p>{_text(where)}.</p>{_table(columns, rows)}"
         body += "".join(f"<p>{_text(note)}</p>" for note in found.notes)
-    return body and (
+    if not body:
+        return None
+    return (
         f"{body}<p>What can be read off a latent by a linear map and by a small MLP: error on standardised targets (± "
         "over episodes; 1 is what guessing the mean gives) and Pearson's r (the paper's tables 1, 3 and 4). What a "
         "linear map reads, a planner's squared distance sees too.</p>"
@@ -572,9 +574,9 @@ def _calibration(normal: Calibration, source: str) -> str:
         draw,
         (7, 3),
         "Histogram of the surprise of normal steps, with the limits of p = 0.05 and p = 0.01",
-        f"How surprising normal data are: the error of a prediction one step ahead, of {normal.count:,} steps of {source} "
-        "(the paper's section 5.2). A controller's monitor calls a step as surprising as the lines in one of 20 and one "
-        "of 100 normal steps.",
+        f"How surprising normal data are: the error of a prediction one step ahead, of {normal.count:,} steps of "
+        f"{source} (the paper's section 5.2). Of normal steps one in 20 is beyond the first line and one in 100 "
+        "beyond the second, which is what the p-value of a controller's monitor means.",
     )
 
 
@@ -609,9 +611,9 @@ def _expectation(name: str, found: VoE) -> str:
         draw,
         (7, 3.2),
         "Surprise along normal clips, clips with a changed colour and clips with a teleport",
-        f"{name}: mean surprise and 95 % interval over {found.clips} matched clips of {found.env_id}, which differ from "
-        "the dotted line on (the paper's section 5.2 and appendix F.3). A model that knows physics is more surprised by "
-        "the teleport than by the colour; below, the paired t-test.",
+        f"{name}: mean surprise and 95 % interval over {found.clips} matched clips of {found.env_id}, which differ "
+        "from the dotted line on (the paper's section 5.2 and appendix F.3, where the teleport surprises and the "
+        "colour less or not). Below, the paired t-tests.",
     ) + _table(columns, rows)
 
 
@@ -683,7 +685,8 @@ def _steered(run: _Run) -> str | None:
         return None
     protocol = known[0]
     settings = run.recorded("data", "env_kwargs")
-    kept = {k: v for k, v in (settings or {}).items() if k not in ("start_rule", "goal_rule")}
+    settings = settings if isinstance(settings, dict) else {}
+    kept = {name: value for name, value in settings.items() if name not in ("start_rule", "goal_rule")}
     tasks = make_tasks(protocol, _PAIRS, run.model.config.image_size)
     pair = int(np.linalg.norm(tasks.states - tasks.goals, axis=1).argmax())
     episode = play(
@@ -826,7 +829,7 @@ def _page(run: _Run) -> str:
         try:
             body = section.make(run)
         except _PROBLEMS as error:
-            run.notes.append(f"{section.title} is left out: {brief(error)}")
+            run.notes.append(f"{section.title}: left out. {brief(error)}")
             continue
         if body is not None:
             made.append((section.anchor, section.title, body))
