@@ -181,6 +181,7 @@ def test_what_files_say_is_never_markup(run, monkeypatch):
     (run / "<i>.json").write_text('{"<script>": 1}')
     text, tree = made(run)
     assert_harmless(tree)
+    assert notes(tree)[0].startswith("<i>.json: left out. It is nothing that")
     assert "script" in text  # it is there, as text
     assert "alert(1)" in "".join(tree.find(".//section[@id='run']").itertext())
     assert len(text) < 10_000_000
@@ -210,7 +211,7 @@ def test_a_run_that_goes_on(run):
     (run / "config.json").write_text("[" * 100_000)
     assert any("config.json: left out" in note for note in notes(made(run)[1]))
     (run / "metrics.csv").write_text("step,loss\n")  # before the first line
-    assert shown(made(run)[1]) == ["summary"]
+    assert shown(made(run)[1]) == ["summary", "run"]
 
 
 def test_data_are_found_given_or_said_to_be_missing(run):

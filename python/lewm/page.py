@@ -7,6 +7,7 @@ that comes from files goes through `_text`: they may be from anywhere.
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import json
@@ -188,9 +189,9 @@ def _read(folder: Path, data: Any, seed: int, frames: int) -> _Run:
 
 
 def _files(folder: Path, kind: str) -> list[tuple[str, Path]]:
-    """Files in the run folder and in the folders within it, by their names from there."""
+    """Files in the run folder and in the folders within it that are no stores, by their names from there."""
     found = [*folder.glob(f"*.{kind}"), *folder.glob(f"*/*.{kind}")]
-    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+    return sorted((path.relative_to(folder).as_posix(), path) for path in found if path.parent.suffix != ".lewm")
 
 
 def _read_json(run: _Run, name: str, path: Path) -> None:
@@ -200,18 +201,15 @@ def _read_json(run: _Run, name: str, path: Path) -> None:
         (ProbeResult.load, run.probes),
         (_voe, run.expectations),
     )
-    problems = []
     try:
         if name == "config.json":
             run.config = _object(path)
             return
         for loaded, found in kinds:
-            try:
+            with contextlib.suppress(ValueError):
                 found[name] = loaded(path)
                 return
-            except ValueError as error:
-                problems.append(brief(error))
-        raise ValueError("; ".join(problems))
+        raise ValueError("It is nothing that lewm evaluate, lewm probe or lewm voe wrote.")
     except (ValueError, OSError) as error:
         run.notes.append(f"{name}: left out. {brief(error)}")
 
