@@ -801,7 +801,7 @@ _ADAPTS = (
     '<style type="text/css">svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}'  # as _STYLE has it
 )
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1f2328;--paper:#fff;--soft:#5c6670;--line:#d5dae0;--shade:#f4f6f8;--link:#1f5f99}
+:root{--ink:#1f2328;--paper:#fff;--soft:#5c6670;--line:#d5dae0;--shade:#f4f6f8;--link:#1f5f99}
 @media(prefers-color-scheme:dark){:root{--ink:#d5dae0;--paper:#15181c;--soft:#9aa4ae;--line:#363c43;--shade:#1e2227;
 --link:#7fb8ea}}
 body{margin:0 auto;max-width:62rem;padding:1.5rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);
@@ -842,6 +842,7 @@ def _page(run: _Run) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
         f'<meta name="generator" content="lewm {_text(__version__)}">\n'
         f"<title>Run {name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<header>\n<h1>Run {name}</h1>\n"
         f"<p>LeWorldModel, preset {preset}. Made by <code>lewm report</code>.</p>\n</header>\n"
