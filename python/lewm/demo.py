@@ -22,6 +22,7 @@ from lewm.trainer import train
 _PROTOCOL = "two-room-25-50"
 _EPISODES = 300
 _SIZE = 64
+_FRAMES = 800  # of the report
 
 
 def demo(out: str | os.PathLike[str], *, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, steps: int | None = None
     draw_report(out / "run", model, data, out / "report.png", heading_of(result, training["seconds"]))
     draw_episode(_best_episode(model, result), out / "run" / "episode.gif")
     shutil.copyfile(out / "run" / "episode.gif", out / "episode.gif")
-    report(out / "run", data=data, out=out / "report.html", seed=seed)
+    report(out / "run", data=data, out=out / "report.html", seed=seed, frames=_FRAMES)
 
     low, high = result["interval"]
     console.print(
