@@ -33,6 +33,10 @@ def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     assert f"{result['success_rate']:.1%} of 6 held-out pairs" in printed
     assert "random actions solve" in printed
 
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"{result['success_rate']:.1%} [" in page
+    assert "<aside" not in page  # nothing is left out
+    assert len(page) < 10_000_000
     report = imageio.imread(out / "report.png")
     assert report.shape[0] > 500
     assert report.std() > 10

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lewm.expectation import surprise, voe
     from lewm.model import Model, load, use
     from lewm.monitor import Calibration, calibrate
+    from lewm.page import report
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
     from lewm.probes import ProbeResult, probe
     from lewm.recipes import RECIPES, recipe
@@ -48,6 +49,7 @@ _HOME = {
     "Model": "model",
     "load": "model",
     "use": "model",
+    "report": "page",
     "Calibration": "monitor",
     "calibrate": "monitor",
     "CEM": "planner",
@@ -99,6 +101,7 @@ __all__ = [
     "plan",
     "probe",
     "recipe",
+    "report",
     "surprise",
     "train",
     "use",

@@ -324,6 +324,22 @@ def export(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of lewm train.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Store to look at; by default the one in or beside RUN that it learnt from.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file; RUN/report.html by default.")] = None,
+    seed: _Seed = 0,
+    frames: Annotated[int, typer.Option(help="Held-out frames to look at, at most.")] = 1500,
+) -> None:
+    """Write a run as one HTML page that opens without a network."""
+    from lewm.page import report
+
+    typer.echo(report(run, data=data, out=out, seed=seed, frames=frames))
+
+
+@app.command()
 def voe(
     model: _Model,
     stats: _Stats = None,

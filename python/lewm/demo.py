@@ -14,6 +14,7 @@ from rich.console import Console
 from lewm.collector import collect
 from lewm.envs.two_room import DOOR
 from lewm.evaluation import PROTOCOLS, evaluate, make_tasks
+from lewm.page import report
 from lewm.pictures import draw_episode, draw_report, heading_of, play
 from lewm.progress import Bar
 from lewm.trainer import train
@@ -21,14 +22,15 @@ from lewm.trainer import train
 _PROTOCOL = "two-room-25-50"
 _EPISODES = 300
 _SIZE = 64
+_FRAMES = 800  # of the report
 
 
 def demo(out: str | os.PathLike[str], *, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
     """Trains `tiny` on TwoRoom from pixels and steers it to goal pictures.
 
     Args:
-        out: Folder for `two-room.lewm`, `run/`, `model.safetensors`, `result.json`, `report.png`, `episode.gif`.
-            What an earlier demo left there is replaced.
+        out: Folder for `two-room.lewm`, `run/`, `model.safetensors`, `result.json`, `report.png`, `report.html`,
+            `episode.gif`. What an earlier demo left there is replaced.
         seed: Of data, training and planning.
         steps: Optimiser steps; the preset's when not given.
 
@@ -68,11 +70,15 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, steps: int | None = None
 
     console.rule("3/4  evaluate: steer to pictures of places 25 steps ahead")
     with Bar("pairs") as bar:
-        result = evaluate(model, _PROTOCOL, seed=seed, out=out / "result.json", progress=bar.count).to_dict()
+        result = evaluate(model, _PROTOCOL, seed=seed, out=out / "run" / "result.json", progress=bar.count).to_dict()
+
+    shutil.copyfile(out / "run" / "result.json", out / "result.json")
 
     console.rule("4/4  draw")
     draw_report(out / "run", model, data, out / "report.png", heading_of(result, training["seconds"]))
-    draw_episode(_best_episode(model, result), out / "episode.gif")
+    draw_episode(_best_episode(model, result), out / "run" / "episode.gif")
+    shutil.copyfile(out / "run" / "episode.gif", out / "episode.gif")
+    report(out / "run", data=data, out=out / "report.html", seed=seed, frames=_FRAMES)
 
     low, high = result["interval"]
     console.print(
@@ -80,7 +86,8 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, steps: int | None = None
         f"(95 % interval {low:.1%} to {high:.1%}); random actions solve {result['random_floor']:.1%}, "
         f"{result['solved_at_start']} were at the goal from the start.\n"
         f"One plan takes {result['plan_ms']['p50']:.0f} ms (p95 {result['plan_ms']['p95']:.0f} ms).\n\n"
-        f"Look at [bold]{out}/report.png[/bold] (losses, latent space) and [bold]{out}/episode.gif[/bold].\n"
+        f"Look at [bold]{out}/report.html[/bold] in a browser, at [bold]{out}/report.png[/bold] (losses, latent space) "
+        f"and [bold]{out}/episode.gif[/bold].\n"
         f"Numbers: {out}/result.json. Load and plan:\n\n"
         f"    import lewm; model = lewm.load({os.fspath(out / 'model.safetensors')!r})\n"
         f"    action = lewm.plan(obs, goal, model=model).action      # two (64, 64, 3) uint8 pictures\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,15 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lewm import latents
 from lewm.data import Dataset
 from lewm.model import Model
 from lewm.planner import Planner, plan
 
-_RED, _BLUE, _GREY = "#c8402f", "#2b6ca3", "#999999"
+RED, BLUE, GREY = "#cf4a38", "#3a80bd", "#8f8f8f"  # seen on light and on dark
+
+
+_PER_EPISODE = 40  # frames drawn of one
 
 
 @dataclass
@@ -60,23 +65,17 @@ def draw_report(
         heading: First line of the figure.
         frames: How many latents are drawn at most.
     """
-    with (Path(run) / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-
-    def column(name: str) -> tuple[list[int], list[float]]:
-        kept = [row for row in rows if row[name]]
-        return [int(row["step"]) for row in kept], [float(row[name]) for row in kept]
-
+    columns = read_metrics(run)
     figure = Figure(figsize=(12, 7.2), layout="constrained")
     (top_left, top_middle, top_right), (bottom_left, bottom_middle, bottom_right) = figure.subplots(2, 3)
     figure.suptitle(heading, fontsize=11)
     for axes, names, title in (
-        (top_left, (("prediction", _RED), ("validation_prediction", _BLUE)), "prediction loss"),
-        (top_middle, (("sigreg", _RED),), "SIGReg"),
-        (top_right, (("probe_r2", _RED), ("distance_correlation", _BLUE)), "what predicts planning success"),
+        (top_left, (("prediction", RED), ("validation_prediction", BLUE)), "prediction loss"),
+        (top_middle, (("sigreg", RED),), "SIGReg"),
+        (top_right, (("probe_r2", RED), ("distance_correlation", BLUE)), "what predicts planning success"),
     ):
         for name, colour in names:
-            steps, values = column(name)
+            steps, values = columns.get(name, ([], []))
             axes.plot(steps, values, color=colour, label=name, marker="o" if len(steps) < 20 else None, lw=1.3, ms=3)
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize=8, frameon=False)
@@ -84,33 +83,60 @@ def draw_report(
     top_middle.set_yscale("log")
     top_right.set_ylim(-0.1, 1.05)
 
-    z, state = _latents(model, data, frames)
-    centred = z - z.mean(0)
-    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
-    scores, share = centred @ directions[:2].T, spread**2 / (spread**2).sum()
+    z, episodes, rows = latents.scattered(
+        model, data, latents.held_out(model, data), frames=frames, per_episode=_PER_EPISODE
+    )
+    state, (scores, share) = states(data, episodes, rows), principal(z)
     for axes, values, what in ((bottom_left, state[:, 0], "state 0"), (bottom_middle, state[:, 1], "state 1")):
-        dots = axes.scatter(*scores.T, c=values, s=6, cmap="viridis", lw=0)
+        dots = axes.scatter(*scores.T[:2], c=values, s=6, cmap="viridis", lw=0)
         figure.colorbar(dots, ax=axes, label=what)
         axes.set(title=f"latents, coloured by {what}", xlabel=f"PC 1 ({share[0]:.0%})", ylabel=f"PC 2 ({share[1]:.0%})")
-    bottom_right.bar(np.arange(1, len(share) + 1), share, color=_BLUE)
+    bottom_right.bar(np.arange(1, len(share) + 1), share, color=BLUE)
     bottom_right.set(title="variance by principal component", xlabel="component", ylabel="share")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasAgg(figure).print_png(os.fspath(path))
 
 
-def _latents(model: Model, data: Dataset, most: int) -> tuple[np.ndarray, np.ndarray]:
-    held_out = (model.meta.get("training") or {}).get("validation_episodes") or range(len(data))
-    rng, z, state, count = np.random.default_rng(0), [], [], 0
-    for episode in rng.permutation(np.asarray(list(held_out))):
-        length = int(data.lengths[episode])
-        index = np.sort(rng.choice(length, min(length, 40), replace=False))
-        z.append(model.encode(data.frames(int(episode), index)))
-        state.append(data.column("state", int(episode))[index])
-        count += len(index)
-        if count >= most:
-            break
-    return np.concatenate(z), np.concatenate(state)
+def read_metrics(run: str | os.PathLike[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every column of a run's `metrics.csv`: the steps at which it has a number (n,) int64, and these (n,) float64.
+
+    A last line that is not whole, as a run leaves it that is being written or was killed, is left out.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a table of numbers over `step`.
+    """
+    path = Path(run) / "metrics.csv"
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    try:
+        for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
+            step = int(row["step"])
+            for name, value in row.items():
+                steps, values = found.setdefault(name, ([], []))
+                if value and math.isfinite(number := float(value)):
+                    steps.append(step)
+                    values.append(number)
+        return {name: (np.array(steps, np.int64), np.array(values)) for name, (steps, values) in found.items()}
+    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
+        raise ValueError(f"{path} must be a table of numbers over step, as lewm train writes it: {error!r}") from None
+
+
+def states(data: Dataset, episodes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The `state` (N, C) float64 of frames: of row `rows[i]` of episode `episodes[i]`, both (N,)."""
+    found = np.empty((len(rows), data.columns["state"]))
+    for episode in np.unique(episodes):
+        which = episodes == episode
+        found[which] = data.column("state", int(episode))[rows[which]]
+    return found
+
+
+def principal(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (N, K) of latents (N, D) on their principal components, and each one's share (K,) of the variance."""
+    centred = z - z.mean(0)
+    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
+    return centred @ directions.T, spread**2 / max(float((spread**2).sum()), np.finfo(np.float32).tiny)
 
 
 def play(
@@ -123,6 +149,7 @@ def play(
     planner: Planner | None = None,
     budget: int = 50,
     seed: int = 0,
+    env_kwargs: dict[str, Any] | None = None,
 ) -> Episode:
     """Steers one environment from `state` to the picture `goal`, executing whole plans, and keeps what was imagined.
 
@@ -136,9 +163,10 @@ def play(
         planner: By default the model's.
         budget: Environment steps at most.
         seed: Of the planner's noise.
+        env_kwargs: Further arguments for the environment.
     """
     size = model.config.image_size
-    env = gymnasium.make(env_id, obs_type="pixels", size=size)
+    env = gymnasium.make(env_id, **{**(env_kwargs or {}), "obs_type": "pixels", "size": size})
     obs, _ = env.reset(seed=0, options={"state": state, "goal": goal_state})
     target = model.encode(goal)
     frames, imagined, actions, success = [obs], [], [], False
@@ -191,8 +219,8 @@ def _panel(episode: Episode, step: int) -> np.ndarray:
     for start, distances in episode.imagined:
         if start <= step:
             steps = start + episode.block * np.arange(len(distances))
-            chart.plot(steps, distances, "--o", color=_GREY, ms=3, lw=1, label="imagined" if start == 0 else None)
-    chart.plot(episode.real[: step + 1], color=_RED, lw=1.8, label="real")
+            chart.plot(steps, distances, "--o", color=GREY, ms=3, lw=1, label="imagined" if start == 0 else None)
+    chart.plot(episode.real[: step + 1], color=RED, lw=1.8, label="real")
     highest = max(episode.real.max(), *(d.max() for _, d in episode.imagined))
     chart.set(xlim=(0, len(episode.frames) - 1), ylim=(0, 1.05 * highest), xlabel="environment step")
     chart.set_title("squared latent distance to the goal", fontsize=9)
