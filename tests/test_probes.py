@@ -191,7 +191,7 @@ def test_episodes_are_divided_and_walked_through_by_blocks(data):
 
 def test_few_frames_are_enough_to_ask_for(data):
     result = lewm.probe(places, data, block=1, frames=16, columns=["place"])
-    assert (result.fit_frames, result.fit_episodes) == (16, 2)
+    assert (result.fit_frames, result.fit_episodes) == (16, 8)
     assert result.test_frames >= 16  # a whole episode
     assert result.test_episodes == 1
     assert result.straightness_std is None

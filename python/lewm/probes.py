@@ -28,7 +28,7 @@ from lewm.model_file import brief, write_atomically
 __all__ = ["ProbeResult", "Property", "Score", "probe"]
 
 _PENALTIES = 10.0 ** np.arange(-8, 1)  # of the ridge, per row and standardised latent
-_PER_EPISODE = 8  # frames of an episode to fit on, at least: each opens a chunk of the store
+_PER_EPISODE = 2  # frames of an episode to fit on, at least; what lies still in an episode asks for many episodes
 _TEST_SHARE = 0.2  # of the episodes, where the model does not say which it has not learnt from
 _HIDDEN, _BATCH, _LEARNING_RATE, _EPOCHS, _PATIENCE = 256, 256, 3e-3, 100, 20
 
