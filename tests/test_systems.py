@@ -235,7 +235,7 @@ def test_a_row_that_was_measured_elsewhere_is_in_the_table(bench, tmp_path):
     ours, theirs, _ = found.rows
     assert asdict(theirs) == {**asdict(SystemRow("td-mpc2")), **rows[0]}
     text = str(found)
-    assert "| TD-MPC2 | 4: consistency + reward + value + policy | 5 | 1 | not measured | 12.5, " in text
+    assert "| TD-MPC2 | 4: consistency + reward + value + policy | 1 | 1 | not measured | 12.5, " in text
     assert f"{12.5 / ours.plan_ms:.3g}x (torch float32) | not measured | 25.0% [19.5%, 31.4%] of 200 |" in text
     assert "- TD-MPC2: straightness not measured: no latents were kept; 50,000 steps.\n" in text
     assert "- DreamerV3: not measured: its package does not run here.\n" in text

@@ -255,7 +255,8 @@ class SystemsTable:
         lines += ["", *(f"- {text}" for row in self.rows for text in _remarks(row, self.task))]
         search = f"{self.planner['name'].upper()} {self.planner['samples']} x {self.planner['iterations']}"
         trained = [row for row in self.rows if row.steps is not None and SYSTEMS[row.system].overrides is not None]
-        floors = sorted({row.random_floor for row in self.rows if row.random_floor is not None})
+        own = [row for row in self.rows if row.probe_r is not None]  # others are told of by their notes
+        floors = sorted({row.random_floor for row in own if row.random_floor is not None})
         lines += [
             "",
             f"{self.task}, size {self.size}, seed {self.seed}: {self.episodes:,} episodes (fingerprint "
@@ -605,9 +606,9 @@ def _timed(found: dict[str, SystemRow], models: dict[str, Any], folder: Path, tr
     from lewm.model import load
 
     cases: dict[tuple[str, str], Any] = {(name, "plan_ms"): model for name, model in models.items()}
-    for name, model in models.items():
-        same = model if (model.backend, model.precision) == ("torch", "float32") else None
-        cases[name, "plan_torch_ms"] = same or load(folder / name, backend="torch", precision="float32")
+    same = {name for name, model in models.items() if (model.backend, model.precision) == ("torch", "float32")}
+    for name in sorted(models.keys() - same):
+        cases[name, "plan_torch_ms"] = load(folder / name, backend="torch", precision="float32")
     pictures: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     times: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
     for i in (0, *range(_TIMED)):
@@ -623,6 +624,7 @@ def _timed(found: dict[str, SystemRow], models: dict[str, Any], folder: Path, tr
                 times[case].append(search.latency_ms)
     # The first of each is a warm-up.
     median = {case: round(statistics.median(each[1:]), 3) for case, each in times.items()}
+    median |= {(name, "plan_torch_ms"): median[name, "plan_ms"] for name in same}
     return {
         name: replace(row, **{what: value for (of, what), value in median.items() if of == name})
         for name, row in found.items()
