@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lewm.replay import ReplayBuffer
     from lewm.results import compare
     from lewm.trainer import train
+    from lewm.tuning import Tuning, sweep_lambda, tune_lambda
 
 _HOME = {
     "Camera": "camera",
@@ -52,6 +53,9 @@ _HOME = {
     "ReplayBuffer": "replay",
     "compare": "results",
     "train": "trainer",
+    "Tuning": "tuning",
+    "sweep_lambda": "tuning",
+    "tune_lambda": "tuning",
 }
 
 __all__ = [
@@ -73,6 +77,7 @@ __all__ = [
     "StoreError",
     "StoreWriter",
     "TrainConfig",
+    "Tuning",
     "__version__",
     "collect",
     "compare",
@@ -81,7 +86,9 @@ __all__ = [
     "load",
     "plan",
     "recipe",
+    "sweep_lambda",
     "train",
+    "tune_lambda",
     "use",
 ]
 
