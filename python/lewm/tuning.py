@@ -1,6 +1,6 @@
 """Lambda, the weight of SIGReg and the one hyper-parameter of the loss: a bisection in its logarithm.
 
-The paper speaks of a "simple bisection search" in O(log n) and says no more (its ablations of lambda, figure 16). Here
+The paper speaks of a "simple bisection search" in O(log n) and says no more (figure 16 is its ablation). Here
 each step is a short run, which is judged by two tests that need no environment and no labels:
 
     too low     the latents have not spread out: SIGReg per sample above `SIGREG_MOST` (0.402 is a single point, a
@@ -254,7 +254,7 @@ def tune_lambda(
     progress: Callable[[int, int, str], object] | None = None,
     **overrides: Any,
 ) -> Tuning:
-    """Searches lambda, the weight of SIGReg, by bisection in its logarithm (the paper's appendix on ablations): O(log n) short runs.
+    """Searches lambda, the weight of SIGReg, by bisection in its logarithm: O(log n) short runs (paper, figure 16).
 
     Each run is judged by `criterion`, without environment or labels. The first is at the geometric middle of the
     bounds, which are never tried themselves: a run that is too low becomes the lower bound, one that is too high the
