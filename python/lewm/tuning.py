@@ -49,7 +49,7 @@ _FINEST = 1.5  # factor below which a gap is not divided further
 
 @dataclass(frozen=True)
 class Criterion:
-    """What makes a run too low or too high. Neither number is monotone by law; both were so wherever it was measured.
+    """What makes a run too low or too high.
 
     Attributes:
         sigreg: Largest SIGReg per sample, above 0; 0.402 is a latent collapsed to a point.
@@ -75,7 +75,9 @@ class Criterion:
             return "too low", f"collapsing at step {collapsed_at}, SIGReg per sample {sigreg:.3f}"
         if sigreg > self.sigreg:
             return "too low", f"SIGReg per sample {sigreg:.3f}, above {self.sigreg:.3g}"
-        if not skill >= self.skill:
+        if skill is None:
+            return "too high", "nothing moves in the latents, or the predictions are not finite"
+        if skill < self.skill:
             return "too high", f"{skill:.1%} of the change is predicted, below {self.skill:.1%}"
         return "inside", f"SIGReg per sample {sigreg:.3f}, {skill:.1%} of the change predicted"
 
@@ -175,6 +177,16 @@ class Tuning:
         low, high = max(gaps, key=lambda gap: gap[1] / gap[0])
         return math.sqrt(low * high) if high / low > _FINEST else None
 
+    def judged(self, criterion: Criterion) -> Tuning:
+        """The same runs, judged by another criterion."""
+
+        def anew(run: LambdaRun) -> LambdaRun:
+            collapsed_at = run.steps if run.steps < self.settings["steps"] else None
+            verdict, reason = criterion.judge(run.numbers, collapsed_at)
+            return replace(run, verdict=verdict, reason=reason)
+
+        return Tuning({**self.settings, "criterion": asdict(criterion)}, [anew(run) for run in self.runs])
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tuning:
         """Reads a `tuning.json` or the folder that has one.
@@ -262,7 +274,8 @@ def tune_lambda(
     down to a factor of 1.5; the answer is the run nearest to the middle of the plateau.
 
     `out` gets `tuning.json` and `tuning.png`, anew after each run, and a run folder for each lambda. The same call goes
-    on where it was stopped, also within a run, and with more `runs` further.
+    on where it was stopped, also within a run, and with more `runs` further. With another `criterion` the runs that are
+    there are judged anew.
 
     Args:
         data: A store or its path.
@@ -274,7 +287,7 @@ def tune_lambda(
         pairs: Also measure success, by the protocol of the store's environment on this many pairs. The search does not
             look at it. Runs that collapse are then not cut short.
         seed: Of every run.
-        criterion: Bounds of the two tests.
+        criterion: Bounds of the two tests; `Criterion()` by default.
         out: Folder; `runs/lambda-<preset>-<seed>` when not given.
         device: As in `lewm.train`.
         progress: Called after every optimiser step with (steps done, steps in all, which run it is).
@@ -418,10 +431,10 @@ class _Search:
             differing = [
                 f"{name} {found.settings.get(name)!r}, not {self.settings.get(name)!r}"
                 for name in names
-                if found.settings.get(name) != self.settings.get(name)
+                if name != "criterion" and found.settings.get(name) != self.settings.get(name)
             ]
             if not differing:
-                return found
+                return found if found.settings == self.settings else self._written(found.judged(self._criterion))
             if started:
                 raise ValueError(f"{self.out} was made with {'; '.join(differing)}; use another folder")
         elif self.out.is_dir() and any(self.out.iterdir()):
@@ -445,7 +458,9 @@ class _Search:
 
     def add(self, found: Tuning, run: dict[str, Any]) -> Tuning:
         """With one run more, written."""
-        found = replace(found, runs=[*found.runs, LambdaRun(**run)])
+        return self._written(replace(found, runs=[*found.runs, LambdaRun(**run)]).judged(self._criterion))
+
+    def _written(self, found: Tuning) -> Tuning:
         found.save(self.out / FILE)
         found.draw(self.out / PICTURE)
         return found
