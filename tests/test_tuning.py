@@ -102,12 +102,12 @@ def test_verdicts_that_are_not_monotone_do_not_make_it_loop():
 
 
 def test_the_criterion():
-    judge = Criterion(sigreg=0.2, skill=0.8).judge
-    assert judge({"sigreg_per_sample": 0.2, "skill": 0.8})[0] == "inside"
-    assert judge({"sigreg_per_sample": 0.21, "skill": 0.9})[0] == "too low"
-    assert judge({"sigreg_per_sample": 0.21, "skill": -9.0})[0] == "too low"  # collapsed: nothing moves
-    assert judge({"sigreg_per_sample": 0.1, "skill": 0.79})[0] == "too high"
-    assert judge({"sigreg_per_sample": 0.1})[0] == "too high"  # a skill that is not finite is left out
+    judge = Criterion(sigreg=0.2, r2=0.8).judge
+    assert judge({"sigreg_per_sample": 0.2, "prediction_r2": 0.8})[0] == "inside"
+    assert judge({"sigreg_per_sample": 0.21, "prediction_r2": 0.9})[0] == "too low"
+    assert judge({"sigreg_per_sample": 0.21, "prediction_r2": -9.0})[0] == "too low"  # collapsed: nothing moves
+    assert judge({"sigreg_per_sample": 0.1, "prediction_r2": 0.79})[0] == "too high"
+    assert judge({"sigreg_per_sample": 0.1})[0] == "too high"  # an R2 that is not finite is left out
     assert judge({"sigreg_per_sample": 0.1}, collapsed_at=160)[0] == "too low"
 
 
@@ -136,10 +136,11 @@ class Linear:
 
 
 @pytest.mark.parametrize("history", [1, 3])
-def test_skill_is_that_of_a_loop_in_float64(store, history):
+def test_the_scores_are_those_of_a_loop_in_float64(store, history):
     held = [2, 5]
-    found = tuning.skill(Linear(history, store.fingerprint(), held), store)
+    found = tuning.prediction_scores(Linear(history, store.fingerprint(), held), store)
     error = change = 0.0
+    targets = []
     for episode in held:
         z = store.frames(episode, np.arange(store.lengths[episode]))[..., 1].astype(float).mean(1)
         actions = store.actions(episode).astype(float)
@@ -149,21 +150,24 @@ def test_skill_is_that_of_a_loop_in_float64(store, history):
                 guess += z[t - 5 * (history - 1)] - actions[t - 5 * (history - 1) : t].sum()
             error += np.square(guess - z[t + 5]).sum()
             change += np.square(z[t] - z[t + 5]).sum()
+            targets.append(z[t + 5])
     assert change > 0
-    assert found == pytest.approx(1 - error / change, rel=1e-6)
+    assert found["skill"] == pytest.approx(1 - error / change, abs=1e-6)  # latents are float32
+    spread = np.var(targets, axis=0).sum() * len(targets)
+    assert found["prediction_r2"] == pytest.approx(1 - error / spread, abs=1e-6)
 
 
-def test_skill_where_nothing_moves_or_nothing_is_long_enough(tmp_path, store):
+def test_the_scores_where_nothing_moves_or_nothing_is_long_enough(tmp_path, store):
     still = Linear(1)
     still.encode = lambda frames: np.ones((len(frames), 3), np.float32)
-    assert tuning.skill(still, store) == -math.inf
+    assert tuning.prediction_scores(still, store) == {"prediction_r2": -math.inf, "skill": -math.inf}
     with pytest.raises(ValueError, match="data must hold a held-out episode of more than 30 steps of 5"):
-        tuning.skill(Linear(30), store)
+        tuning.prediction_scores(Linear(30), store)
 
 
 def test_a_search_leaves_its_files_and_goes_on(store, tmp_path):
     out, notes = tmp_path / "search", []
-    settings = {"steps": 6, "out": out, "criterion": Criterion(sigreg=9, skill=-1e9), **SMALL}
+    settings = {"steps": 6, "out": out, "criterion": Criterion(sigreg=9, r2=-1e9), **SMALL}
     found = lewm.tune_lambda(store, runs=2, progress=lambda done, total, note: notes.append((done, note)), **settings)
     assert [r.verdict for r in found.runs] == ["inside", "inside"]
     assert notes[0] == (1, "run 1 of at most 2, lambda 0.03162")
@@ -194,12 +198,11 @@ def test_a_search_leaves_its_files_and_goes_on(store, tmp_path):
         ({"low": 1e-3}, "low 0.0001, not 0.001"),
         ({"seed": 1}, "seed 0, not 1"),
         ({"embed_dim": 4}, "overrides .*'embed_dim': 8.*, not .*'embed_dim': 4"),
-        ({"pairs": 3}, "pairs 0, not 3"),
     ):
         with pytest.raises(ValueError, match=f"was made with {text}"):
             lewm.tune_lambda(store, **{**settings, **change})
     # Another criterion needs no other runs.
-    strict = lewm.tune_lambda(store, runs=3, **{**settings, "criterion": Criterion(sigreg=9, skill=0.999)})
+    strict = lewm.tune_lambda(store, runs=3, **{**settings, "criterion": Criterion(sigreg=9, r2=0.999)})
     assert [r.verdict for r in strict.runs] == ["too high"] * 3
     assert [r.numbers for r in strict.runs] == [r.numbers for r in more.runs]
     assert Tuning.load(out) == strict
@@ -208,7 +211,7 @@ def test_a_search_leaves_its_files_and_goes_on(store, tmp_path):
 
 
 def test_a_run_that_was_interrupted_is_the_same_run(store, tmp_path):
-    settings = {"steps": 8, "runs": 2, "criterion": Criterion(sigreg=9, skill=-1e9), **SMALL}
+    settings = {"steps": 8, "runs": 2, "criterion": Criterion(sigreg=9, r2=-1e9), **SMALL}
     whole = lewm.tune_lambda(store, out=tmp_path / "whole", **settings)
 
     def stop(done, total, note):
@@ -246,7 +249,7 @@ def test_a_collapse_ends_a_run_and_is_too_low(store, tmp_path):
     assert 150 <= only.steps < 400
     assert only.reason.startswith(f"collapsing at step {only.steps}, SIGReg per sample 0.")
     assert only.numbers["sigreg_per_sample"] > 0.2
-    assert "skill" not in only.numbers
+    assert "prediction_r2" not in only.numbers
     assert not (tmp_path / "search" / only.folder / "model.safetensors").exists()
     assert found.value is None
 
@@ -263,6 +266,7 @@ def test_a_collapse_ends_a_run_and_is_too_low(store, tmp_path):
         ({"refine": 1}, ValueError, "refine must be True or False, got 1"),
         ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
         ({"pairs": -1}, ValueError, "pairs must be an integer of at least 0, got -1"),
+        ({"pairs": 3}, ValueError, "pairs must be 0: 'square' has no protocol to measure by, got 3"),
         ({"sigreg_weight": 0.1}, ValueError, "sigreg_weight is what is searched, from low to high"),
         ({"criterion": 0.9}, TypeError, "criterion must be a Criterion, got 0.9"),
         ({"preset": "huge"}, ValueError, "preset must be one of"),
@@ -305,7 +309,7 @@ def test_bad_data_and_folders(tmp_path, store):
         lewm.tune_lambda(tmp_path / "nothing.lewm", **SMALL)
     with pytest.raises(ValueError, match="points must be an integer of at least 2, got 1"):
         lewm.sweep_lambda(store, points=1, **SMALL)
-    for bad in ({"sigreg": 0}, {"skill": 1.0}, {"skill": math.nan}, {"sigreg": True}):
+    for bad in ({"sigreg": 0}, {"r2": 1.0}, {"r2": math.nan}, {"sigreg": True}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             Criterion(**bad)
 
@@ -343,6 +347,7 @@ def rooms(tmp_path_factory):
 
 def test_a_sweep_measures_success(rooms, tmp_path):
     settings = {"low": 0.01, "high": 1.0, "steps": 3, "pairs": 4, "out": tmp_path / "sweep", **SMALL}
+    assert tuning._Search(rooms, "tiny", 1e-4, 10, None, None, 0, None, None, "cpu", TINY).settings["pairs"] == 200
     found = lewm.sweep_lambda(rooms, points=3, **settings)
     np.testing.assert_allclose([r.value for r in found.runs], [0.01, 0.1, 1.0])
     for r in found.runs:
@@ -362,11 +367,11 @@ def test_the_command(store, rooms, tmp_path):
     small = [word for name, value in TINY.items() for word in ("--set", f"{name}={value}")]
     out = tmp_path / "search"
     done = lewm_(
-        store.path, "--runs", 1, "--steps", 3, "--out", out, "--device", "cpu", "--skill", -1e9, "--sigreg", 9, *small
+        store.path, "--runs", 1, "--steps", 3, "--out", out, "--device", "cpu", "--r2", -1e9, "--sigreg", 9, *small
     )
     assert done.exit_code == 0, done.output
     assert done.output.rstrip().endswith("sigreg_weight=0.03162")
-    assert Tuning.load(out).settings["criterion"] == {"sigreg": 9.0, "skill": -1e9}
+    assert Tuning.load(out).settings["criterion"] == {"sigreg": 9.0, "r2": -1e9}
     swept = lewm_(store.path, "--sweep", 2, "--pairs", 0, "--steps", 2, "--out", tmp_path / "sweep", *small)
     assert swept.exit_code == 0, swept.output
     assert len(Tuning.load(tmp_path / "sweep").runs) == 2

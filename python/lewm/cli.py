@@ -330,19 +330,17 @@ def tune_lambda(
     low: Annotated[float, typer.Option(help="Lower bound of lambda.")] = 1e-4,
     high: Annotated[float, typer.Option(help="Upper bound.")] = 10.0,
     runs: Annotated[int, typer.Option(help="Of the search, at most.")] = 8,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.")] = 200,
+    steps: Annotated[int | None, typer.Option(help="Of a run; a fifth of the preset's by default.")] = None,
     refine: Annotated[bool, typer.Option(help="Narrow down the plateau's edges with the runs that are left.")] = True,
     sweep: Annotated[
         int | None, typer.Option(metavar="POINTS", help="No search: runs on a grid, with their success.")
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="With --sweep: several runs at once, by Ray Tune.")] = False,
     pairs: Annotated[
-        int | None, typer.Option(help="To measure success on; none in a search, 100 in a sweep by default.")
+        int | None, typer.Option(help="To measure success on; by default none, in a sweep the protocol's.")
     ] = None,
     sigreg: Annotated[float | None, typer.Option(help="Too low: SIGReg per sample above this; 0.201.")] = None,
-    skill: Annotated[
-        float | None, typer.Option(help="Too high: a smaller share of the change is predicted; 0.9.")
-    ] = None,
+    r2: Annotated[float | None, typer.Option(help="Too high: R2 of the prediction below this; 0.9.")] = None,
     seed: _Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; runs/lambda-PRESET-SEED by default.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device; CUDA where there is one by default.")] = None,
@@ -354,7 +352,7 @@ def tune_lambda(
     from lewm.progress import Bar
     from lewm.tuning import Criterion, sweep_lambda, tune_lambda
 
-    bounds = {name: value for name, value in (("sigreg", sigreg), ("skill", skill)) if value is not None}
+    bounds = {name: value for name, value in (("sigreg", sigreg), ("r2", r2)) if value is not None}
     settings: dict[str, Any] = {"preset": preset, "low": low, "high": high, "steps": steps, "seed": seed, "out": out}
     settings |= {"device": device, "criterion": Criterion(**bounds), **_settings(setting or [])}
     if pairs is not None:

@@ -3,10 +3,9 @@
 The paper speaks of a "simple bisection search" in O(log n) and says no more (figure 16 is its ablation). Here
 each step is a short run, which is judged by two tests that need no environment and no labels:
 
-    too low     the latents have not spread out: SIGReg per sample above `SIGREG_MOST` (0.402 is a single point, a
+    too low     the latents have not spread out: SIGReg per sample is above `SIGREG_MOST` (0.402 is a single point, a
                 Gaussian gives about 1 / batch), or the trainer saw them collapse, which ends the run at once
-    too high    the predictor does not follow them: of the change from one step to the next it explains less than
-                `SKILL_LEAST`; skill is 1 - |prediction - z'|^2 / |z - z'|^2, the denominator being "nothing moves"
+    too high    the predictor does not follow them: the R2 of its next latent, on held-out episodes, is below `R2_LEAST`
 
 SIGReg pulls the latents towards a Gaussian of full rank, whatever is in the picture. With more weight they spread out
 more, and into directions that the actions say nothing about: both numbers fall as lambda rises. Between the two bounds
@@ -24,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,17 +31,16 @@ from lewm import diagnostics
 from lewm.checks import integer
 from lewm.config import configure
 from lewm.data import Dataset
-from lewm.evaluation import _typed
+from lewm.evaluation import PROTOCOLS, _typed, evaluate
 from lewm.latents import held_out, tracks
+from lewm.model import Model, load
 from lewm.model_file import brief, write_atomically
-
-if TYPE_CHECKING:
-    from lewm.model import Model
 
 __all__ = ["Criterion", "LambdaRun", "Tuning", "sweep_lambda", "tune_lambda"]
 
 FILE, RUN_FILE, PICTURE = "tuning.json", "run.json", "tuning.png"
 VERDICTS = ("too low", "inside", "too high")
+SIGREG_MOST, R2_LEAST = diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 2, 0.9
 _TRANSITIONS = 4000  # held-out steps that a prediction is judged by, at most
 _FINEST = 1.5  # factor below which a gap is not divided further
 
@@ -53,16 +51,16 @@ class Criterion:
 
     Attributes:
         sigreg: Largest SIGReg per sample, above 0; 0.402 is a latent collapsed to a point.
-        skill: Least share of the change from one step to the next that the predictor must explain, below 1.
+        r2: Least R2 of the predicted latents, below 1.
     """
 
-    sigreg: float = diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 2
-    skill: float = 0.9
+    sigreg: float = SIGREG_MOST
+    r2: float = R2_LEAST
 
     def __post_init__(self) -> None:
         for name, holds, wish in (
             ("sigreg", lambda x: 0 < x < math.inf, "positive and finite"),
-            ("skill", lambda x: -math.inf < x < 1, "finite and below 1"),
+            ("r2", lambda x: -math.inf < x < 1, "finite and below 1"),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
@@ -70,16 +68,14 @@ class Criterion:
 
     def judge(self, numbers: dict[str, float], collapsed_at: int | None = None) -> tuple[str, str]:
         """Verdict and reason. A run that is both is too low: what has not spread out is easy or idle to predict."""
-        sigreg, skill = numbers["sigreg_per_sample"], numbers.get("skill")
+        sigreg, r2 = numbers["sigreg_per_sample"], numbers.get("prediction_r2", -math.inf)
         if collapsed_at is not None:
             return "too low", f"collapsing at step {collapsed_at}, SIGReg per sample {sigreg:.3f}"
         if sigreg > self.sigreg:
             return "too low", f"SIGReg per sample {sigreg:.3f}, above {self.sigreg:.3g}"
-        if skill is None:
-            return "too high", "nothing moves in the latents, or the predictions are not finite"
-        if skill < self.skill:
-            return "too high", f"{skill:.1%} of the change is predicted, below {self.skill:.1%}"
-        return "inside", f"SIGReg per sample {sigreg:.3f}, {skill:.1%} of the change predicted"
+        if r2 < self.r2:
+            return "too high", f"R2 of the prediction {r2:.3f}, below {self.r2:.3g}"
+        return "inside", f"SIGReg per sample {sigreg:.3f}, R2 of the prediction {r2:.3f}"
 
 
 @dataclass(frozen=True)
@@ -91,8 +87,8 @@ class LambdaRun:
         verdict: "too low", "inside" or "too high".
         reason: Why, in words.
         numbers: `sigreg_per_sample`, `embedding_std`, `effective_rank` as the trainer logged them last; of a run that
-            was not ended by a collapse also `skill`, `validation_prediction`, and with states `probe_r2`, which the
-            verdict does not look at.
+            was not ended by a collapse also `prediction_r2` and, which the verdict does not look at, `skill`
+            (`prediction_scores`), `validation_prediction`, and with states `probe_r2`.
         steps: Optimiser steps made.
         seconds: Of training.
         folder: The run folder, in that of the search.
@@ -256,7 +252,7 @@ def tune_lambda(
     low: float = 1e-4,
     high: float = 10.0,
     runs: int = 8,
-    steps: int = 200,
+    steps: int | None = None,
     refine: bool = True,
     pairs: int = 0,
     seed: int = 0,
@@ -282,9 +278,10 @@ def tune_lambda(
         preset: As in `lewm.train`.
         low, high: Bounds.
         runs: How many, at most, earlier ones in `out` counted.
-        steps: Optimiser steps of each run, a whole schedule of the learning rate.
+        steps: Optimiser steps of each run, with a whole schedule of the learning rate; by default a fifth of the
+            preset's.
         refine: Whether to go on when a run is inside.
-        pairs: Also measure success, by the protocol of the store's environment on this many pairs. The search does not
+        pairs: Also measure success, by the protocol of the store's environment, on this many pairs. The search does not
             look at it. Runs that collapse are then not cut short.
         seed: Of every run.
         criterion: Bounds of the two tests; `Criterion()` by default.
@@ -319,8 +316,8 @@ def sweep_lambda(
     preset: str = "tiny",
     low: float = 1e-4,
     high: float = 10.0,
-    steps: int = 200,
-    pairs: int = 100,
+    steps: int | None = None,
+    pairs: int | None = None,
     ray: bool = False,
     seed: int = 0,
     criterion: Criterion | None = None,
@@ -334,8 +331,7 @@ def sweep_lambda(
     Args:
         data, preset, low, high, steps, seed, criterion, device, progress, **overrides: As in `tune_lambda`.
         points: Of the grid, both bounds included; at least 2.
-        pairs: Also measure success, by the protocol of the store's environment, on this many pairs; 0 for not. Without
-            such a protocol it is not measured.
+        pairs: As in `tune_lambda`; by default the protocol's, none if the store's environment has no protocol.
         ray: Make the runs with Ray Tune, as many at once as its cluster has CPUs or, on CUDA, GPUs. `data` and `out`
             must be there under the same path on every machine. `progress` is not called.
         out: Folder; `runs/lambda-sweep-<preset>-<seed>` when not given. The same call makes the runs that are missing.
@@ -372,8 +368,8 @@ class _Search:
         preset: str,
         low: float,
         high: float,
-        steps: int,
-        pairs: int,
+        steps: int | None,
+        pairs: int | None,
         seed: int,
         criterion: Criterion | None,
         out: str | os.PathLike[str] | None,
@@ -390,15 +386,20 @@ class _Search:
             raise ValueError(f"low must be below high, got {low:g} and {high:g}")
         if "sigreg_weight" in overrides:
             raise ValueError("sigreg_weight is what is searched, from low to high; got it as a setting")
-        integer("steps", steps, 1)
-        integer("pairs", pairs, 0)
+        if steps is not None:
+            overrides = {**overrides, "steps": integer("steps", steps, 1)}
         criterion = Criterion() if criterion is None else criterion
         if not isinstance(criterion, Criterion):
             raise TypeError(f"criterion must be a Criterion, got {criterion!r}")
         data = data if isinstance(data, Dataset) else Dataset(data)
-        run = _Run(
-            data, preset, *configure(preset, data.action_dim, {**overrides, "steps": steps}), seed, device, False
-        )
+        protocol = _protocol(data)
+        pairs = (PROTOCOLS[protocol].pairs if protocol else 0) if pairs is None else integer("pairs", pairs, 0)
+        if pairs and protocol is None:
+            raise ValueError(
+                f"pairs must be 0: {data.metadata.get('env_id')!r} has no protocol to measure by, got {pairs}"
+            )
+        run = _Run(data, preset, *configure(preset, data.action_dim, overrides), seed, device, False)
+        overrides = {name: value for name, value in overrides.items() if name not in ("steps", "epochs")}
         longest = int(data.lengths[run.validation_episodes].max())
         least = run.model_config.history * run.model_config.action_block + 1
         if longest < least:
@@ -414,7 +415,7 @@ class _Search:
             "preset": preset,
             "low": float(low),
             "high": float(high),
-            "steps": steps,
+            "steps": max(1, run.steps // 5) if steps is None else steps,
             "pairs": pairs,
             "seed": seed,
             "criterion": asdict(criterion),
@@ -501,8 +502,9 @@ def _trial(config: dict[str, Any], progress: Callable[[int, int, Any], object] |
     if model is None:
         collapsed_at = int(last["step"])
     else:
-        numbers["skill"] = skill(model, data)
-        success = _success(folder / "model.safetensors", data, config["pairs"])
+        numbers |= prediction_scores(model, data)
+        if config["pairs"]:
+            success = _success(folder / "model.safetensors", data, config["pairs"])
     numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
     verdict, reason = Criterion(**config["criterion"]).judge(numbers, collapsed_at)
     run = LambdaRun(
@@ -519,24 +521,25 @@ def _trial(config: dict[str, Any], progress: Callable[[int, int, Any], object] |
     return asdict(run)
 
 
-def skill(model: Model, data: Dataset) -> float:
-    """Share of the change from one step to the next that the predictor explains, on held-out episodes.
+def prediction_scores(model: Model, data: Dataset) -> dict[str, float]:
+    """How well the next latent is predicted, on held-out episodes; each prediction sees `history` frames.
 
-    1 - |prediction - z'|^2 / |z - z'|^2, both summed over the steps: 1 is perfect, 0 as good as "nothing moves". Minus
-    infinity where nothing moves. Each prediction sees `history` frames.
+    Returns:
+        `prediction_r2`, 1 - |prediction - z'|^2 / |z' - mean z'|^2, and `skill`, 1 - |prediction - z'|^2 / |z' - z|^2,
+        which is 0 for "nothing moves". Sums are over steps and dimensions. Minus infinity where a denominator is 0.
 
     Raises:
         ValueError: No held-out episode is long enough for one prediction.
     """
-    history, error, change, count = model.config.history, 0.0, 0.0, 0
+    history, now, then, error, count = model.config.history, [], [], 0.0, 0
     for track in tracks(model, data, held_out(model, data), least=history + 1):
         windows = np.arange(len(track.z) - history)[:, None] + np.arange(history)
         blocks = track.blocks[windows]
         past = blocks[:, :-1] if history > 1 else None
         predicted = np.asarray(model.rollout(track.z[windows], blocks[:, -1][:, None, None], past))[:, 0, -1]
-        now, then = track.z[history - 1 : -1].astype(np.float64), track.z[history:]
-        error += float(np.square(predicted - then).sum())
-        change += float(np.square(now - then).sum())
+        now.append(track.z[history - 1 : -1].astype(np.float64))
+        then.append(track.z[history:].astype(np.float64))
+        error += float(np.square(predicted - then[-1]).sum())
         count += len(windows)
         if count >= _TRANSITIONS:
             break
@@ -544,18 +547,20 @@ def skill(model: Model, data: Dataset) -> float:
         raise ValueError(
             f"data must hold a held-out episode of more than {history} steps of {model.config.action_block}"
         )
-    return 1 - error / change if change > 0 else -math.inf
+    z, target = np.concatenate(now), np.concatenate(then)
+    spreads = {"prediction_r2": target - target.mean(0), "skill": target - z}
+    sums = {name: float(np.square(values).sum()) for name, values in spreads.items()}
+    return {name: 1 - error / total if total > 0 else -math.inf for name, total in sums.items()}
 
 
-def _success(path: Path, data: Dataset, pairs: int) -> dict[str, float] | None:
-    from lewm.evaluation import PROTOCOLS, evaluate
-    from lewm.model import load
-
+def _protocol(data: Dataset) -> str | None:
+    """The name of the first protocol of the store's environment."""
     env_id = data.metadata.get("env_id")
-    protocol = next((name for name, protocol in PROTOCOLS.items() if protocol.env_id == env_id), None)
-    if not pairs or protocol is None:
-        return None
-    result = evaluate(load(path), protocol, pairs=pairs)
+    return next((name for name, protocol in PROTOCOLS.items() if protocol.env_id == env_id), None)
+
+
+def _success(path: Path, data: Dataset, pairs: int) -> dict[str, float]:
+    result = evaluate(load(path), _protocol(data), pairs=pairs)
     low, high = result.interval
     return {"rate": result.success_rate, "low": low, "high": high, "floor": result.random_floor, "pairs": float(pairs)}
 
@@ -596,11 +601,11 @@ def _figure(found: Tuning) -> Any:
     runs = sorted(found.runs, key=lambda run: run.value)
     for panel, name, colour, label in (
         (curves, "sigreg_per_sample", colours["too low"], "SIGReg per sample"),
-        (shares, "skill", colours["too high"], "share of the change predicted"),
+        (shares, "prediction_r2", colours["too high"], "R2 of the prediction"),
     ):
         points = [(run.value, run.numbers[name]) for run in runs if name in run.numbers]
         panel.plot(*np.transpose(points or [(math.nan, math.nan)]), "o-", color=colour, ms=3, lw=1.2, label=label)
-        bound = settings["criterion"]["sigreg" if panel is curves else "skill"]
+        bound = settings["criterion"]["sigreg" if panel is curves else "r2"]
         panel.axhline(bound, color=colour, ls="--", lw=0.8)
         panel.set_ylabel(label, color=colour)
     solved = [(run.value, run.success) for run in runs if run.success]
@@ -609,7 +614,7 @@ def _figure(found: Tuning) -> Any:
         what = f"success, {solved[0][1]['pairs']:.0f} pairs"
         shares.errorbar([value for value, _ in solved], rates[0], rates[1:], fmt="ks-", ms=3, lw=1.2, label=what)
         shares.axhline(solved[0][1]["floor"], color="k", ls=":", lw=0.8, label="random actions")
-        shares.set_ylabel("share of the change predicted; success")
+        shares.set_ylabel("R2 of the prediction; success")
     curves.set(xscale="log", xlim=(settings["low"] / 1.3, settings["high"] * 1.3), ylim=(0, 0.45))
     shares.set_ylim(0, 1.02)
     lines = [line for panel in (curves, shares) for line in panel.get_legend_handles_labels()[0]]
