@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lewm.results import compare
     from lewm.systems import SYSTEMS, bench_systems
     from lewm.trainer import train
+    from lewm.tuning import Tuning, sweep_lambda, tune_lambda
 
 _HOME = {
     "Camera": "camera",
@@ -66,6 +67,9 @@ _HOME = {
     "SYSTEMS": "systems",
     "bench_systems": "systems",
     "train": "trainer",
+    "Tuning": "tuning",
+    "sweep_lambda": "tuning",
+    "tune_lambda": "tuning",
 }
 
 __all__ = [
@@ -90,6 +94,7 @@ __all__ = [
     "StoreError",
     "StoreWriter",
     "TrainConfig",
+    "Tuning",
     "__version__",
     "bench_systems",
     "calibrate",
@@ -103,7 +108,9 @@ __all__ = [
     "recipe",
     "report",
     "surprise",
+    "sweep_lambda",
     "train",
+    "tune_lambda",
     "use",
     "voe",
 ]

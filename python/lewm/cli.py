@@ -323,6 +323,54 @@ def export(
     typer.echo("\n".join(str(file) for file in sorted(path.iterdir())))
 
 
+@app.command("tune-lambda")
+def tune_lambda(
+    data: _Store,
+    preset: Annotated[str, typer.Option(help="paper, small or tiny.")] = "tiny",
+    low: Annotated[float, typer.Option(help="Lower bound of lambda.")] = 1e-4,
+    high: Annotated[float, typer.Option(help="Upper bound.")] = 10.0,
+    runs: Annotated[int, typer.Option(help="Of the search, at most.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Of a run; a fifth of the preset's by default.")] = None,
+    refine: Annotated[bool, typer.Option(help="Narrow down the plateau's edges with the runs that are left.")] = True,
+    sweep: Annotated[
+        int | None, typer.Option(metavar="POINTS", help="No search: runs on a grid, with their success.")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="With --sweep: several runs at once, by Ray Tune.")] = False,
+    pairs: Annotated[
+        int | None, typer.Option(help="To measure success on; by default none, in a sweep the protocol's.")
+    ] = None,
+    sigreg: Annotated[float | None, typer.Option(help="Too low: SIGReg per sample above this; 0.201.")] = None,
+    r2: Annotated[float | None, typer.Option(help="Too high: R2 of the prediction below this; 0.9.")] = None,
+    seed: _Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder; runs/lambda-PRESET-SEED by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device; CUDA where there is one by default.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of model or training.")
+    ] = None,
+) -> None:
+    """Search lambda, the weight of SIGReg, by bisection. Run again after an interruption, it goes on."""
+    from lewm.progress import Bar
+    from lewm.tuning import Criterion, sweep_lambda, tune_lambda
+
+    bounds = {name: value for name, value in (("sigreg", sigreg), ("r2", r2)) if value is not None}
+    settings: dict[str, Any] = {"preset": preset, "low": low, "high": high, "steps": steps, "seed": seed, "out": out}
+    settings |= {"device": device, "criterion": Criterion(**bounds), **_settings(setting or [])}
+    if pairs is not None:
+        settings["pairs"] = pairs
+    if ray and sweep is None:
+        raise ValueError("--ray must go with --sweep: the runs of a search are made one after the other")
+    try:
+        with Bar("steps") as bar:
+            if sweep is None:
+                found = tune_lambda(data, runs=runs, refine=refine, progress=bar.count, **settings)
+            else:
+                found = sweep_lambda(data, points=sweep, ray=ray, progress=bar.count, **settings)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(found)
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of lewm train.")],
