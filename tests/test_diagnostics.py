@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lewm.diagnostics import distance_correlation, effective_rank, probe_r2, straightness
+from lewm.diagnostics import collapse_grace, collapsing, distance_correlation, effective_rank, probe_r2, straightness
 
 
 def test_effective_rank_counts_directions():
@@ -64,3 +64,13 @@ def test_effective_rank_of_more_numbers_than_rows_and_of_one():
     p = values[values > 1e-9] / values[values > 1e-9].sum()
     assert effective_rank(z) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
     assert effective_rank(rng.normal(size=(20, 1))) == pytest.approx(1)
+
+
+def test_collapsing_is_a_point_a_line_or_far_from_a_gaussian():
+    assert not collapsing(0.01, 0.9, 8.0)
+    assert collapsing(0.25, 0.9, 8.0)
+    assert collapsing(0.01, 0.05, 8.0)
+    assert collapsing(0.01, 0.9, 1.1)
+    assert not collapsing(None, 0.9, 8.0)
+    assert collapse_grace(0.05, 1000) == 150
+    assert collapse_grace(0.1, 5000) == 500

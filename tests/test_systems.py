@@ -270,7 +270,7 @@ def test_rows_of_the_peers_bench_are_taken(bench, tmp_path):
     assert "plan torch ms, probe r, straightness, effective rank not measured: it was measured in another" in str(found)
     del measured["training"]
     (tmp_path / "rows.json").write_text(json.dumps(measured))
-    with pytest.raises(ValueError, match=r"rows: .*rows\.json is not of lewm bench systems \('training'"):
+    with pytest.raises(ValueError, match=r"rows: .*rows\.json is no row of lewm bench systems \('training'"):
         bench("peers", "lewm", rows=[tmp_path / "rows.json"])
 
 
@@ -292,7 +292,7 @@ def test_rows_of_the_peers_bench_are_taken(bench, tmp_path):
 )
 def test_rows_that_are_none(bench, tmp_path, content, text):
     (tmp_path / "rows.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"rows: .*rows\.json is not of lewm bench systems \(.*{text}"):
+    with pytest.raises(ValueError, match=rf"rows: .*rows\.json is no row of lewm bench systems \(.*{text}"):
         bench("bad", "lewm", rows=[tmp_path / "rows.json"])
 
 
@@ -306,7 +306,7 @@ def test_the_table_is_read_again(table, tmp_path):
     with pytest.raises(FileNotFoundError, match="table of systems: no such file"):
         SystemsTable.load(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(ValueError, match="table of systems: .* is not of lewm bench systems"):
+    with pytest.raises(ValueError, match="systems: .* is no table of lewm bench systems"):
         SystemsTable.load(tmp_path / "bad.json")
 
 

@@ -9,6 +9,24 @@ import numpy as np
 COLLAPSED_SIGREG_PER_SAMPLE = 0.402
 
 
+def collapsing(sigreg_per_sample: float | None, embedding_std: float, effective_rank: float) -> bool:
+    """Whether latents with these numbers are near a point or a line.
+
+    Args:
+        sigreg_per_sample: SIGReg / batch; None where it is no term of the loss, as nothing else keeps the mean of
+            latents at 0.
+        embedding_std: Standard deviation of the latents' dimensions, averaged.
+        effective_rank: Of the latents.
+    """
+    far = sigreg_per_sample is not None and sigreg_per_sample > COLLAPSED_SIGREG_PER_SAMPLE / 2
+    return far or embedding_std < 0.1 or effective_rank < 1.2
+
+
+def collapse_grace(warmup: float, steps: int) -> float:
+    """Steps of a run in which latents are still spreading out, so that `collapsing` says nothing yet."""
+    return max(150, warmup * steps)
+
+
 def effective_rank(z: np.ndarray) -> float:
     """Exponential of the entropy of the covariance spectrum of latents (N, D): from 1 to D (Roy and Vetterli, 2007)."""
     z = z - np.mean(z, axis=0, dtype=np.float64)

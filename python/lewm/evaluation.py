@@ -6,7 +6,6 @@ and planner, is not part of it; the result records both.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -14,8 +13,6 @@ import platform
 import shlex
 import sys
 import time
-import types
-import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -33,8 +30,9 @@ from lewm.collector import generate, space_of
 from lewm.config import PRESETS, TERMS, configure
 from lewm.controller import Controller
 from lewm.data import Dataset
-from lewm.model_file import brief, write_atomically
+from lewm.model_file import write_atomically
 from lewm.planner import CEM, ICEM, MPPI, Planner, plan, planner_from, planner_of
+from lewm.records import read_record, typed
 
 __all__ = ["PLANNERS", "PROTOCOLS", "Protocol", "Result", "evaluate", "wilson"]
 
@@ -49,7 +47,6 @@ _CANDIDATES = 4096
 _AT_ONCE = 32
 # Episodes to look through for each pair before saying that none will do.
 _TRIES = 20
-_LARGEST_FILE = 2**24  # bytes of a result JSON, some 100,000 pairs
 
 
 @dataclass(frozen=True)
@@ -237,17 +234,7 @@ class Result:
             FileNotFoundError: There is no such file.
             ValueError: It is not one that this release wrote; the text says what is wrong.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"result: no such file: {path}")
-        try:
-            with path.open("rb") as file:
-                text = file.read(_LARGEST_FILE + 1)
-            if len(text) > _LARGEST_FILE:
-                raise ValueError(f"it is larger than {_LARGEST_FILE} bytes")
-            return _typed("the file", json.loads(text), cls)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"result: {path} is no result of lewm evaluate ({brief(error)})") from None
+        return read_record(path, "result", "result of lewm evaluate", lambda value: typed("the file", value, cls))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data for JSON."""
@@ -711,7 +698,7 @@ def _training(model: Any) -> Training | None:
     found["parts"] = {name: now[name] for name in OPTIONAL_PARTS if now.get(name)}
     found |= {name: (model.meta.get("data") or {}).get(name) for name in ("episodes", "policy")}
     try:
-        return _typed("training", {"preset": preset, "changes": changes, **found}, Training)
+        return typed("training", {"preset": preset, "changes": changes, **found}, Training)
     except (ValueError, OverflowError, RecursionError):
         return None
 
@@ -737,33 +724,6 @@ def command_of(
     words += ["--execute", str(execute), *(("--shrink",) if shrink else ())]
     words += ["--seed", str(seed), *(("--data", "STORE") if data else ())]
     return shlex.join(words)
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """A value from JSON as what an annotation says: plain types, lists, tuples, dicts, dataclasses, `T | None`."""
-    origin, of = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any and len(repr(value)) < 1000:  # a setting
-        return value
-    if origin is types.UnionType:
-        return None if value is None else _typed(name, value, of[0])
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if kind in (bool, int, str) and type(value) is kind:
-        return value
-    if origin is list and isinstance(value, list):
-        return [_typed(name, each, of[0]) for each in value]
-    if origin is tuple and isinstance(value, list) and len(value) == len(of):
-        return tuple(_typed(name, each, one) for each, one in zip(value, of, strict=True))
-    if origin is dict and isinstance(value, dict):
-        return {key: _typed(f"{name}[{key!r}]", each, of[1]) for key, each in value.items()}
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        kinds = typing.get_type_hints(kind)
-        # What has a default may be missing: older releases did not write it.
-        value = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING} | value
-        if value.keys() != kinds.keys():
-            raise ValueError(f"{name} must have the fields {', '.join(kinds)}, got {', '.join(value)}")
-        return kind(**{key: _typed(key, each, kinds[key]) for key, each in value.items()})
-    raise ValueError(f"{name} must be {kind if of else kind.__name__}, got {value!r}")
 
 
 def _versions() -> dict[str, str]:

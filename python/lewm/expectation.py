@@ -27,6 +27,7 @@ from lewm.collector import Policy, generate
 from lewm.model_file import write_atomically
 from lewm.monitor import prediction_errors
 from lewm.planner import encode, to_numpy
+from lewm.records import read_record, typed
 
 TASKS = {
     "two-room": "lewm/TwoRoom-v0",
@@ -171,6 +172,24 @@ class VoE:
     def to_dict(self) -> dict[str, Any]:
         """All of it and the curves as plain data for JSON."""
         return {**asdict(self), "curves": self.curves()}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> VoE:
+        """Reads a `voe.json`, which may be from anywhere.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not one that this release wrote.
+        """
+        return read_record(path, "voe", "result of lewm voe", cls._of)
+
+    @classmethod
+    def _of(cls, value: dict[str, Any]) -> VoE:
+        found: VoE = typed("the file", {name: each for name, each in value.items() if name != "curves"}, cls)
+        shapes = {kind: np.shape(rows) for kind, rows in found.scores.items()}
+        if set(shapes.values()) != {(found.clips, len(found.steps))} or not shapes.keys() > found.tests.keys():
+            raise ValueError(f"its scores must be of each clip and step, got {shapes}")
+        return found
 
     def __str__(self) -> str:
         mean = {kind: float(np.mean(scores)) for kind, scores in self.clip_scores.items()}

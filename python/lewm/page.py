@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from lewm import StoreError, __version__, diagnostics, envs, latents
 from lewm.checks import integer
 from lewm.data import Dataset
-from lewm.evaluation import _LARGEST_FILE, PROTOCOLS, Result, _typed, make_tasks
+from lewm.evaluation import PROTOCOLS, Result, make_tasks
 from lewm.expectation import VoE
 from lewm.losses import characteristic_function, epps_pulley, sigreg_directions
 from lewm.model import Model, load
@@ -37,6 +37,7 @@ from lewm.model_file import brief, write_atomically
 from lewm.monitor import Calibration, calibrate
 from lewm.pictures import BLUE, GREY, RED, draw_episode, play, principal, read_metrics, states
 from lewm.probes import ProbeResult, Score, probe
+from lewm.records import read_record
 from lewm.tsne import tsne
 
 _DIRECTIONS = 512
@@ -199,11 +200,11 @@ def _read_json(run: _Run, name: str, path: Path) -> None:
     kinds: tuple[tuple[Callable[[Path], Any], dict[str, Any]], ...] = (
         (Result.load, run.results),
         (ProbeResult.load, run.probes),
-        (_voe, run.expectations),
+        (VoE.load, run.expectations),
     )
     try:
         if name == "config.json":
-            run.config = _object(path)
+            run.config = read_record(path, "run", "config.json of a run", _object)
             return
         for loaded, found in kinds:
             with contextlib.suppress(ValueError):
@@ -214,29 +215,10 @@ def _read_json(run: _Run, name: str, path: Path) -> None:
         run.notes.append(f"{name}: left out. {brief(error)}")
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(_LARGEST_FILE))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON ({brief(error)})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} must be an object, got {type(found).__name__}")
-    return found
-
-
-def _voe(path: Path) -> VoE:
-    """What `lewm voe` wrote."""
-    try:
-        found = _object(path)
-        found.pop("curves", None)
-        result: VoE = _typed("the file", found, VoE)
-        shapes = {kind: np.shape(rows) for kind, rows in result.scores.items()}
-        if set(shapes.values()) != {(result.clips, len(result.steps))} or not shapes.keys() > result.tests.keys():
-            raise ValueError(f"its scores must be of each clip and step, got {shapes}")
-        return result
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"voe: {path} is no result of lewm voe ({brief(error)})") from None
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be an object, got {type(value).__name__}")
+    return value
 
 
 def _beside(folder: Path, fingerprint: Any) -> Dataset | None:
@@ -278,21 +260,22 @@ def _summary(run: _Run) -> str:
 def _collapse(run: _Run) -> str:
     """Whether what `lewm train` warns of has been the case, by the same limits."""
     settings = run.config.get("train")
-    warmup, steps = (settings.get(name) if isinstance(settings, dict) else None for name in ("warmup", "steps"))
+    settings = settings if isinstance(settings, dict) else {}
+    warmup, steps = settings.get("warmup"), settings.get("steps")
     logged = run.metrics.get("step", (np.empty(0), ()))[0]
     total = steps if isinstance(steps, int) else (logged[-1] if len(logged) else 0)
-    grace = max(150, warmup * total if isinstance(warmup, int | float) else 0)
-    limits = (
-        ("sigreg_per_sample", lambda x: x > diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 2),
-        ("embedding_std", lambda x: x < 0.1),
-        ("effective_rank", lambda x: x < 1.2),
+    grace = diagnostics.collapse_grace(warmup if isinstance(warmup, int | float) else 0, total)
+    empty: tuple[Any, Any] = ((), ())
+    sigreg, spread, rank = (
+        dict(zip(*run.metrics.get(name, empty), strict=True))
+        for name in ("sigreg_per_sample", "embedding_std", "effective_rank")
     )
+    if settings.get("sigreg_weight") == 0:
+        sigreg = {}
     bad = [
         int(step)
-        for name, beyond in limits
-        if name in run.metrics
-        for step in run.metrics[name][0][beyond(run.metrics[name][1])]
-        if step >= grace
+        for step in logged[logged >= grace]
+        if diagnostics.collapsing(sigreg.get(step), spread.get(step, np.inf), rank.get(step, np.inf))
     ]
     if not len(logged) or logged[-1] < grace:
         return "Too few steps are logged to say whether the latents collapse."

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ from numpy.typing import ArrayLike
 from lewm import diagnostics, envs, latents
 from lewm.checks import integer
 from lewm.data import Dataset
-from lewm.evaluation import _LARGEST_FILE, _typed
 from lewm.model import Model
-from lewm.model_file import brief, write_atomically
+from lewm.model_file import write_atomically
+from lewm.records import read_record, typed
 
 __all__ = ["ProbeResult", "Property", "Score", "probe"]
 
@@ -112,17 +111,7 @@ class ProbeResult:
             FileNotFoundError: There is no such file.
             ValueError: It is not one that this release wrote; the text says what is wrong.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"probes: no such file: {path}")
-        try:
-            with path.open("rb") as file:
-                text = file.read(_LARGEST_FILE + 1)
-            if len(text) > _LARGEST_FILE:
-                raise ValueError(f"it is larger than {_LARGEST_FILE} bytes")
-            return _typed("the file", json.loads(text), cls)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"probes: {path} is no result of lewm probe ({brief(error)})") from None
+        return read_record(path, "probes", "result of lewm probe", lambda value: typed("the file", value, cls))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data for JSON."""

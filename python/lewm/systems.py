@@ -24,12 +24,10 @@ from lewm.checks import integer
 from lewm.config import configure
 from lewm.data import Dataset
 from lewm.evaluation import (
-    _LARGEST_FILE,
     PROTOCOLS,
     Result,
     _as_learnt,
     _pictures,
-    _typed,
     _versions,
     described,
     evaluate,
@@ -40,6 +38,7 @@ from lewm.model_file import brief, read_tensors, tensor_shapes, write_atomically
 from lewm.planner import plan, planner_of
 from lewm.recipes import Trial
 from lewm.recipes import recipe as recipe_of
+from lewm.records import read_record, typed
 
 __all__ = ["SYSTEMS", "System", "SystemRow", "SystemsTable", "bench_systems"]
 
@@ -236,7 +235,9 @@ class SystemsTable:
             FileNotFoundError: There is no such file.
             ValueError: It is none; the text says what is wrong.
         """
-        return _read(path, "table of systems", cls)
+        return read_record(
+            path, "table of systems", "table of lewm bench systems", lambda value: typed("the file", value, cls)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data for JSON."""
@@ -643,9 +644,9 @@ def _rows(path: str | os.PathLike[str]) -> list[SystemRow]:
 
     def rows(value: Any) -> list[SystemRow]:
         listed = value if isinstance(value, list) else [value]
-        return [_typed("row", _of_peers(each) if "measured" in each else each, SystemRow) for each in listed]
+        return [typed("row", _of_peers(each) if "measured" in each else each, SystemRow) for each in listed]
 
-    return _read(path, "rows", rows)
+    return read_record(path, "rows", "row of lewm bench systems", rows)
 
 
 def _of_peers(found: Any) -> dict[str, Any]:
@@ -673,21 +674,6 @@ def _of_peers(found: Any) -> dict[str, Any]:
         "missing": dict.fromkeys(unmeasured, "it was measured in another environment, by plans alone"),
         "note": "; ".join(str(text).rstrip(".") for text in remarks if text),
     }
-
-
-def _read(path: str | os.PathLike[str], what: str, kind: Any) -> Any:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{what}: no such file: {path}")
-    try:
-        with path.open("rb") as file:
-            text = file.read(_LARGEST_FILE + 1)
-        if len(text) > _LARGEST_FILE:
-            raise ValueError(f"it is larger than {_LARGEST_FILE} bytes")
-        value = json.loads(text)
-        return _typed("the file", value, kind) if isinstance(kind, type) else kind(value)
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{what}: {path} is not of lewm bench systems ({brief(error)})") from None
 
 
 # ------------------------------------------------------------------------------------------------------ the Markdown

@@ -535,19 +535,12 @@ class _Run:
             )
 
     def _warn_of_collapse(self, row: dict[str, float]) -> None:
-        """Once per run, after a grace of 150 steps or the warm-up, in which latents are still spreading out.
-
-        SIGReg says so only where it is a term: nothing else keeps the mean of latents at 0.
-        """
-        if self.step < max(150, self.config.warmup * self.steps) or self.metrics.get("warned"):
-            return
+        """Once per run."""
         config = self.config
-        collapsing = (
-            (config.sigreg_weight > 0 and row["sigreg_per_sample"] > diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 2)
-            or row["embedding_std"] < 0.1
-            or row["effective_rank"] < 1.2
-        )
-        if collapsing:
+        if self.step < diagnostics.collapse_grace(config.warmup, self.steps) or self.metrics.get("warned"):
+            return
+        sigreg = row["sigreg_per_sample"] if config.sigreg_weight > 0 else None
+        if diagnostics.collapsing(sigreg, row["embedding_std"], row["effective_rank"]):
             self.metrics["warned"] = 1.0
             advice = f"Raise sigreg_weight, now {config.sigreg_weight:g}."
             if config.sigreg_weight == 0 and (config.variance or config.covariance):

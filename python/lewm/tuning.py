@@ -31,10 +31,11 @@ from lewm import diagnostics
 from lewm.checks import integer
 from lewm.config import configure
 from lewm.data import Dataset
-from lewm.evaluation import PROTOCOLS, _typed, evaluate
+from lewm.evaluation import PROTOCOLS, evaluate
 from lewm.latents import held_out, tracks
 from lewm.model import Model, load
 from lewm.model_file import brief, write_atomically
+from lewm.records import read_record, typed
 
 __all__ = ["Criterion", "LambdaRun", "Tuning", "sweep_lambda", "tune_lambda"]
 
@@ -193,18 +194,14 @@ class Tuning:
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"tuning: no such file: {path}")
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-            found = cls(
-                _typed("settings", read["settings"], dict[str, Any]), _typed("runs", read["runs"], list[LambdaRun])
-            )
-            if not 0 < found.settings["low"] < found.settings["high"] < math.inf:
-                raise ValueError("its bounds are not in order")
-            return found
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"tuning: {path} is no {FILE} of lewm tune-lambda ({brief(error)})") from None
+        return read_record(path, "tuning", f"{FILE} of lewm tune-lambda", cls._of)
+
+    @classmethod
+    def _of(cls, read: dict[str, Any]) -> Tuning:
+        found = cls(typed("settings", read["settings"], dict[str, Any]), typed("runs", read["runs"], list[LambdaRun]))
+        if not 0 < found.settings["low"] < found.settings["high"] < math.inf:
+            raise ValueError("its bounds are not in order")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data for JSON, what follows from the runs included."""
