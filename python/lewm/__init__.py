@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from lewm.controller import Controller
     from lewm.conversion import convert
     from lewm.data import Dataset
+    from lewm.decoder import Decoder, load_decoder, train_decoder
     from lewm.evaluation import PLANNERS, PROTOCOLS, evaluate
+    from lewm.imagination import draw_fan, draw_imagination, imagine, imagine_episodes
     from lewm.model import Model, load, use
     from lewm.planner import CEM, ICEM, MPPI, Plan, plan
     from lewm.recipes import RECIPES, recipe
@@ -36,9 +38,16 @@ _HOME = {
     "Controller": "controller",
     "convert": "conversion",
     "Dataset": "data",
+    "Decoder": "decoder",
+    "load_decoder": "decoder",
+    "train_decoder": "decoder",
     "PLANNERS": "evaluation",
     "PROTOCOLS": "evaluation",
     "evaluate": "evaluation",
+    "draw_fan": "imagination",
+    "draw_imagination": "imagination",
+    "imagine": "imagination",
+    "imagine_episodes": "imagination",
     "Model": "model",
     "load": "model",
     "use": "model",
@@ -65,6 +74,7 @@ __all__ = [
     "Camera",
     "Controller",
     "Dataset",
+    "Decoder",
     "Model",
     "ModelConfig",
     "Plan",
@@ -77,11 +87,17 @@ __all__ = [
     "collect",
     "compare",
     "convert",
+    "draw_fan",
+    "draw_imagination",
     "evaluate",
+    "imagine",
+    "imagine_episodes",
     "load",
+    "load_decoder",
     "plan",
     "recipe",
     "train",
+    "train_decoder",
     "use",
 ]
 
