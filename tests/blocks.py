@@ -104,6 +104,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for preset in ("tiny", "small"):
         monkeypatch.setitem(PRESETS[preset].train, "steps", 12)
     monkeypatch.setattr("lewm.heads.STEPS", 12)
+    monkeypatch.setattr("lewm.decoder.STEPS", 12)
     own = RECIPES["two-room"]["tiny"]
     monkeypatch.setitem(RECIPES["two-room"], "tiny", dataclasses.replace(own, episodes=EPISODES))
     for name, protocol in evaluation.PROTOCOLS.items():

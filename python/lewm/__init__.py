@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from lewm.controller import Controller
     from lewm.conversion import convert
     from lewm.data import Dataset
+    from lewm.decoder import Decoder, load_decoder, train_decoder
     from lewm.evaluation import PLANNERS, PROTOCOLS, evaluate
     from lewm.expectation import surprise, voe
+    from lewm.imagination import draw_fan, draw_imagination, imagine, imagine_episodes
     from lewm.model import Model, load, use
     from lewm.monitor import Calibration, calibrate
     from lewm.page import report
@@ -42,11 +44,18 @@ _HOME = {
     "Controller": "controller",
     "convert": "conversion",
     "Dataset": "data",
+    "Decoder": "decoder",
+    "load_decoder": "decoder",
+    "train_decoder": "decoder",
     "PLANNERS": "evaluation",
     "PROTOCOLS": "evaluation",
     "evaluate": "evaluation",
     "surprise": "expectation",
     "voe": "expectation",
+    "draw_fan": "imagination",
+    "draw_imagination": "imagination",
+    "imagine": "imagination",
+    "imagine_episodes": "imagination",
     "Model": "model",
     "load": "model",
     "use": "model",
@@ -85,6 +94,7 @@ __all__ = [
     "Camera",
     "Controller",
     "Dataset",
+    "Decoder",
     "Model",
     "ModelConfig",
     "Plan",
@@ -101,8 +111,13 @@ __all__ = [
     "collect",
     "compare",
     "convert",
+    "draw_fan",
+    "draw_imagination",
     "evaluate",
+    "imagine",
+    "imagine_episodes",
     "load",
+    "load_decoder",
     "plan",
     "probe",
     "recipe",
@@ -110,6 +125,7 @@ __all__ = [
     "surprise",
     "sweep_lambda",
     "train",
+    "train_decoder",
     "tune_lambda",
     "use",
     "voe",

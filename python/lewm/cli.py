@@ -284,12 +284,26 @@ def plan(
     stats: _Stats = None,
     seed: _Seed = 0,
     planner: _Planner = None,
+    fan: Annotated[
+        Path | None, typer.Option(help="Picture to write of what the planner searched through, as fan.png.")
+    ] = None,
 ) -> None:
     """Plan from one picture to another; prints JSON."""
     from lewm.planner import plan
 
     loaded = _loaded(model, stats)
-    found = plan(_picture(obs), _picture(goal), model=loaded, seed=seed, planner=_planner(loaded, planner))
+    case, settings = (_picture(obs), _picture(goal)), {"seed": seed, "planner": _planner(loaded, planner)}
+    found = plan(*case, model=loaded, **settings)
+    if fan is not None:
+        from lewm.imagination import draw_fan
+
+        beside = _decoder_of(model, fan)
+        decoder = None
+        if beside.is_file():
+            from lewm.decoder import load_decoder
+
+            decoder = load_decoder(beside, loaded)
+        draw_fan(loaded, *case, fan, decoder=decoder, **settings)
     answer = {
         "action": found.action.tolist(),
         "actions": found.actions.tolist(),
@@ -485,6 +499,55 @@ def bench_systems(
             progress=lambda what, done, total: bar.count(done, total, what),
         )
     typer.echo(str(table), nl=False)
+
+
+@app.command()
+def imagine(
+    model: _Model,
+    data: _Store,
+    stats: _Stats = None,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="What paints latents; trained there if it is not. decoder.safetensors by the model if absent."
+        ),
+    ] = None,
+    episodes: Annotated[int, typer.Option(help="Held-out episodes to show.")] = 4,
+    steps: Annotated[int | None, typer.Option(help="Blocks to imagine; to the end of each episode by default.")] = None,
+    seed: _Seed = 0,
+    out: Annotated[Path, typer.Option(help="GIF to write.")] = Path("imagined.gif"),
+) -> None:
+    """Show real episodes beside what the model imagines from their first frames and their actions."""
+    from lewm.data import Dataset
+    from lewm.decoder import load_decoder, train_decoder
+    from lewm.imagination import draw_imagination, imagine_episodes, table
+    from lewm.progress import Bar
+
+    loaded, store = _loaded(model, stats), Dataset(data)
+    imagine_episodes(loaded, store, episodes=episodes, steps=steps, seed=seed)  # what is wrong shows before training
+    file = decoder or _decoder_of(model, out)
+    if file.is_file():
+        painter = load_decoder(file, loaded)
+    else:
+        typer.echo(f"no decoder yet: training one, {file}")
+        with Bar("steps") as bar:
+            painter = train_decoder(loaded, store, seed=seed, out=file, progress=bar.count)
+    typer.echo(repr(painter))
+    found = imagine_episodes(loaded, store, painter, episodes=episodes, steps=steps, seed=seed)
+    draw_imagination(found, out)
+    typer.echo("blocks  clips  latent error (of standing still)  imagined dB (reconstructed)")
+    for row in table(found):
+        typer.echo(
+            f"{row['blocks']:6}  {row['clips']:5}  {row['error']:12.3g} ({row['error_still']:.3g})".ljust(49)
+            + f"{row['psnr_imagined']:6.1f} ({row['psnr_reconstructed']:.1f})"
+        )
+    typer.echo(out)
+
+
+def _decoder_of(model: Path, out: Path) -> Path:
+    """Where the decoder of a model is: beside it; beside what is to be written if the model is of the Hub."""
+    folder = model if model.is_dir() else model.parent if model.is_file() else out.parent
+    return folder / "decoder.safetensors"
 
 
 @app.command()
