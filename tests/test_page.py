@@ -30,7 +30,7 @@ SMALL = {"encoder_dim": 16, "encoder_mlp": 32, "encoder_depth": 1, "predictor_di
          "directions": 32, "image_size": 16, "patch_size": 8, "distance_head": False,
          "action_prior": False}  # fmt: skip
 SECTIONS = ["summary", "success", "training", "sigreg", "rank", "straightness", "probes", "surprise", "maps",
-            "episodes", "run"]  # fmt: skip
+            "plans", "episodes", "run"]  # fmt: skip
 ELEMENTS = re.compile(
     "html|head|meta|title|style|body|header|h[123]|p|code|nav|ul|li|a|aside|main|section|div|table|thead|tbody|tr|th|td|"
     "figure|img|figcaption|details|summary|br"
@@ -219,7 +219,7 @@ def test_data_are_found_given_or_said_to_be_missing(run):
     moved = store.rename(run.parent / "elsewhere")
     (run.parent / "other.lewm").mkdir()
     _, tree = made(run)
-    assert shown(tree) == [name for name in SECTIONS if name not in ("sigreg", "probes", "maps")]
+    assert shown(tree) == [name for name in SECTIONS if name not in ("sigreg", "probes", "maps", "plans")]
     assert "No store in or beside" in notes(tree)[0]
     assert made(run, data=moved)[0] == made(run, data=lewm.Dataset(moved))[0]
     _, tree = made(run, data=moved)

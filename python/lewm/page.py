@@ -29,8 +29,10 @@ from matplotlib.figure import Figure
 from lewm import StoreError, __version__, diagnostics, envs, latents
 from lewm.checks import integer
 from lewm.data import Dataset
+from lewm.decoder import load_decoder
 from lewm.evaluation import PROTOCOLS, Result, make_tasks
 from lewm.expectation import VoE
+from lewm.imagination import draw_fan
 from lewm.losses import characteristic_function, epps_pulley, sigreg_directions
 from lewm.model import Model, load
 from lewm.model_file import brief, write_atomically
@@ -43,6 +45,7 @@ from lewm.tsne import tsne
 _DIRECTIONS = 512
 _MAPPED = 500  # points of the t-SNE, whose time grows with their square
 _TRACKS = 32  # episodes of which the straightness is measured
+_AHEAD = 25  # steps to the goal of the plan whose candidates are shown, as in the protocols
 _PAIRS = 16  # of a protocol, from which the one to be steered is taken
 _COLOURS = 6  # state numbers that the maps show
 _POINTS = 1000  # of one curve
@@ -642,6 +645,30 @@ def _maps(run: _Run) -> str | None:
     )
 
 
+def _fans(run: _Run) -> str | None:
+    if run.analysed is None or run.analysed[0].stats is None:
+        return None
+    model, data = run.analysed
+    episode = int(run.held_out[0])
+    ahead = min(_AHEAD, int(data.lengths[episode]) - 1)
+    now, goal = data.frames(episode, [0, ahead])
+    decoder = run.folder / "decoder.safetensors"
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "fan.png"
+        draw_fan(
+            model, now, goal, path, decoder=load_decoder(decoder, model) if decoder.is_file() else None, seed=run.seed
+        )
+        content = path.read_bytes()
+    return _image(
+        "png",
+        content,
+        "Imagined paths of a plan's candidates in its first and in its last iteration, coloured by cost",
+        f"What a plan searched through from the first frame of held-out episode {episode} to its frame {ahead}: the "
+        "imagined paths of the candidates in the first and in the last iteration, in the plane of their first two "
+        "principal components (the paper's section 3.3). Elites are thick, the plan is red.",
+    )
+
+
 def _episodes(run: _Run) -> str | None:
     shown, size = [], 0
     for name, path in _files(run.folder, "gif"):
@@ -756,6 +783,7 @@ _SECTIONS = (
     _Section("probes", "Probes", _probes),
     _Section("surprise", "Surprise", _surprise),
     _Section("maps", "Maps of the latent space", _maps),
+    _Section("plans", "What a plan searches through", _fans),
     _Section("episodes", "Episodes", _episodes),
     _Section("run", "The run", _environment),
 )
