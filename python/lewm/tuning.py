@@ -41,7 +41,7 @@ __all__ = ["Criterion", "LambdaRun", "Tuning", "sweep_lambda", "tune_lambda"]
 
 FILE, RUN_FILE, PICTURE = "tuning.json", "run.json", "tuning.png"
 VERDICTS = ("too low", "inside", "too high")
-SIGREG_MOST, R2_LEAST = diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 2, 0.9
+SIGREG_MOST, R2_LEAST = diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 3, 0.9
 _RANK_LEAST = 1.2  # below it the trainer warns of a collapse
 _TRANSITIONS = 4000  # held-out steps that a prediction is judged by, at most
 _FINEST = 1.5  # factor below which a gap is not divided further
