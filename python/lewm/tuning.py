@@ -622,7 +622,7 @@ def _figure(found: Tuning) -> Any:
     curves.set(xscale="log", xlim=(settings["low"] / 1.3, settings["high"] * 1.3), ylim=(0, 0.45))
     shares.set_ylim(0, 1.02)
     lines = [line for panel in (curves, shares) for line in panel.get_legend_handles_labels()[0]]
-    curves.legend(handles=lines, fontsize=7, frameon=False, loc="lower left")
+    figure.legend(handles=lines, fontsize=7, frameon=False, loc="outside upper center", ncols=len(lines))
     if inside := found.plateau:
         for panel in axes:
             panel.axvspan(*inside, color=colours["inside"], alpha=0.12, lw=0)
