@@ -109,6 +109,9 @@ def test_the_criterion():
     assert judge({"sigreg_per_sample": 0.1, "prediction_r2": 0.79})[0] == "too high"
     assert judge({"sigreg_per_sample": 0.1})[0] == "too high"  # an R2 that is not finite is left out
     assert judge({"sigreg_per_sample": 0.1}, collapsed_at=160)[0] == "too low"
+    line = {"sigreg_per_sample": 0.15, "effective_rank": 1.1, "prediction_r2": 0.97}  # along one direction
+    assert judge(line) == ("too low", "effective rank 1.10, below 1.2")
+    assert judge({**line, "effective_rank": 1.3})[0] == "inside"
 
 
 class Linear:
@@ -388,7 +391,7 @@ def test_ray_that_is_missing_is_named(store, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ray_makes_the_same_runs(store, tmp_path):
     ray = pytest.importorskip("ray")
-    settings = {"points": 3, "pairs": 0, "steps": 3, **SMALL}
+    settings = {"points": 2, "pairs": 0, "steps": 3, **SMALL}
     here = lewm.sweep_lambda(store, out=tmp_path / "here", **settings)
     ray.init(num_cpus=2, include_dashboard=False)
     try:

@@ -353,7 +353,7 @@ def tune_lambda(
     pairs: Annotated[
         int | None, typer.Option(help="To measure success on; by default none, in a sweep the protocol's.")
     ] = None,
-    sigreg: Annotated[float | None, typer.Option(help="Too low: SIGReg per sample above this; 0.201.")] = None,
+    sigreg: Annotated[float | None, typer.Option(help="Too low: SIGReg per sample above this; 0.134.")] = None,
     r2: Annotated[float | None, typer.Option(help="Too high: R2 of the prediction below this; 0.9.")] = None,
     seed: _Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; runs/lambda-PRESET-SEED by default.")] = None,

@@ -4,7 +4,8 @@ The paper speaks of a "simple bisection search" in O(log n) and says no more (fi
 each step is a short run, which is judged by two tests that need no environment and no labels:
 
     too low     the latents have not spread out: SIGReg per sample is above `SIGREG_MOST` (0.402 is a single point, a
-                Gaussian gives about 1 / batch), or the trainer saw them collapse, which ends the run at once
+                Gaussian gives about 1 / batch), their effective rank below 1.2, or the trainer warned of a collapse,
+                which ends the run at once
     too high    the predictor does not follow them: the R2 of its next latent, on held-out episodes, is below `R2_LEAST`
 
 SIGReg pulls the latents towards a Gaussian of full rank, whatever is in the picture. With more weight they spread out
@@ -41,7 +42,8 @@ __all__ = ["Criterion", "LambdaRun", "Tuning", "sweep_lambda", "tune_lambda"]
 
 FILE, RUN_FILE, PICTURE = "tuning.json", "run.json", "tuning.png"
 VERDICTS = ("too low", "inside", "too high")
-SIGREG_MOST, R2_LEAST = diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 2, 0.9
+SIGREG_MOST, R2_LEAST = diagnostics.COLLAPSED_SIGREG_PER_SAMPLE / 3, 0.9
+_RANK_LEAST = 1.2  # below it the trainer warns of a collapse
 _TRANSITIONS = 4000  # held-out steps that a prediction is judged by, at most
 _FINEST = 1.5  # factor below which a gap is not divided further
 
@@ -74,6 +76,8 @@ class Criterion:
             return "too low", f"collapsing at step {collapsed_at}, SIGReg per sample {sigreg:.3f}"
         if sigreg > self.sigreg:
             return "too low", f"SIGReg per sample {sigreg:.3f}, above {self.sigreg:.3g}"
+        if (rank := numbers.get("effective_rank", math.inf)) < _RANK_LEAST:
+            return "too low", f"effective rank {rank:.2f}, below {_RANK_LEAST}"
         if r2 < self.r2:
             return "too high", f"R2 of the prediction {r2:.3f}, below {self.r2:.3g}"
         return "inside", f"SIGReg per sample {sigreg:.3f}, R2 of the prediction {r2:.3f}"
@@ -615,7 +619,7 @@ def _figure(found: Tuning) -> Any:
     curves.set(xscale="log", xlim=(settings["low"] / 1.3, settings["high"] * 1.3), ylim=(0, 0.45))
     shares.set_ylim(0, 1.02)
     lines = [line for panel in (curves, shares) for line in panel.get_legend_handles_labels()[0]]
-    curves.legend(handles=lines, fontsize=7, frameon=False, loc="lower left")
+    figure.legend(handles=lines, fontsize=7, frameon=False, loc="outside upper center", ncols=len(lines))
     if inside := found.plateau:
         for panel in axes:
             panel.axvspan(*inside, color=colours["inside"], alpha=0.12, lw=0)
