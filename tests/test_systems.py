@@ -300,10 +300,10 @@ def test_rows_that_are_none(bench, tmp_path, content, text):
 
 
 def test_the_table_is_read_again(table, tmp_path):
-    assert SystemsTable.load("all/systems.json").rows[0].system == "lewm"
+    assert SystemsTable.load("all/systems.json").rows
     table.save(tmp_path / "t.json")
     assert SystemsTable.load(tmp_path / "t.json") == table
-    with pytest.raises(FileNotFoundError, match="table of systems: no such file"):
+    with pytest.raises(FileNotFoundError, match="systems: no such file"):
         SystemsTable.load(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(ValueError, match="systems: .* is no table of lewm bench systems"):
