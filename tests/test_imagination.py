@@ -311,14 +311,13 @@ def test_a_fan_that_cannot_be_drawn_is_named(tmp_path):
         draw_fan(model, obs, obs, tmp_path / "fan.png", planner=PLANNERS[0], decoder=painter)
 
 
-def test_the_commands(tmp_path, monkeypatch):
-    monkeypatch.setattr("lewm.decoder.STEPS", 3)
+def test_the_commands(tmp_path):
     data = write_store(tmp_path / "square.lewm", episodes=4, length=12)
     model = small_model()
     (tmp_path / "run").mkdir()
     model.save(tmp_path / "run" / "model.safetensors")
     run, out = tmp_path / "run", tmp_path / "imagined.gif"
-    words = ["imagine", str(run), str(data.path), "--out", str(out), "--episodes", "2"]
+    words = ["imagine", str(run), str(data.path), "--out", str(out), "--decoder-steps", "3", "--episodes", "2"]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, result.output
     assert f"no decoder yet: training one, {run / 'decoder.safetensors'}" in result.output

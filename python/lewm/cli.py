@@ -514,6 +514,9 @@ def imagine(
     ] = None,
     episodes: Annotated[int, typer.Option(help="Held-out episodes to show.")] = 4,
     steps: Annotated[int | None, typer.Option(help="Blocks to imagine; to the end of each episode by default.")] = None,
+    decoder_steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps, if it is trained; 3000 by default. Small things take more.")
+    ] = None,
     seed: _Seed = 0,
     out: Annotated[Path, typer.Option(help="GIF to write.")] = Path("imagined.gif"),
 ) -> None:
@@ -531,7 +534,7 @@ def imagine(
     else:
         typer.echo(f"no decoder yet: training one, {file}")
         with Bar("steps") as bar:
-            painter = train_decoder(loaded, store, seed=seed, out=file, progress=bar.count)
+            painter = train_decoder(loaded, store, steps=decoder_steps, seed=seed, out=file, progress=bar.count)
     typer.echo(repr(painter))
     found = imagine_episodes(loaded, store, painter, episodes=episodes, steps=steps, seed=seed)
     draw_imagination(found, out)

@@ -28,7 +28,7 @@ from lewm.network import _sincos_2d
 FORMAT_VERSION = 1
 # Frames that it learns from, at most: as many are held in memory, within as many bytes.
 FRAMES, BYTES = 10_000, 2**30
-STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 32, 2e-3, 50
+STEPS, BATCH, LEARNING_RATE, WARMUP = 3000, 32, 2e-3, 50
 HIDDEN, LAYERS = 96, 3
 _SIZES = {"embed_dim": 65536, "image_size": 4096, "hidden": 65536, "layers": 256}
 _AT_ONCE = 256  # pictures painted together
@@ -231,7 +231,7 @@ def train_decoder(
     Args:
         model: Whose latents are painted.
         data: A store of pictures as the model's, or its path.
-        steps: Optimiser steps, of 32 frames each; 1000 when not given.
+        steps: Optimiser steps, of 32 frames each; 3000 when not given.
         frames: How many different frames to learn from at most; they are held in 1 GiB at most.
         hidden: Width of a query.
         layers: Cross-attention layers.
