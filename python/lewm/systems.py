@@ -12,6 +12,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -44,6 +45,7 @@ __all__ = ["SYSTEMS", "System", "SystemRow", "SystemsTable", "bench_systems"]
 
 _TIMED = 20  # plans of each system, fewer of one that takes long
 _LONG = 20_000.0  # milliseconds of timing a system, after which a few plans will do
+_REST = 0.02  # s before a plan is timed: torch's threads spin for half of it after their work, and hold cores up
 _FEW = 4
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NO_WEIGHTS = "the weights of DINOv2 were not given (--dino-weights PATH)"
@@ -621,6 +623,7 @@ def _timed(found: dict[str, SystemRow], models: dict[str, Any], folder: Path, tr
                 pictures[side] = _pictures(protocol, tasks.states, side), tasks.pictures
             now, goals = pictures[side]
             if len(times[case]) < _FEW or sum(times[case]) < _LONG:
+                time.sleep(_REST)
                 search = plan(now[i], goals[i], model=model, planner=trial.planner, seed=0, env_ids=[i])
                 times[case].append(search.latency_ms)
     # The first of each is a warm-up.
