@@ -56,7 +56,7 @@ def test_the_loss_is_of_every_frame_and_prefix(frames, pairs):
         ahead = net.rollout(z[:, t : t + 1], actions[:, t : t + 3])[:, 1:]
         errors += [(ahead[:, k] - z[:, t + 1 + k]).square().mean() for k in range(ahead.shape[1])]
     assert len(errors) == pairs
-    want, got = torch.stack(errors).mean(), trainer._predict(net, z, actions)
+    want, got = torch.stack(errors).mean(), trainer._predict(net, z, actions, z)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
     gradients = [torch.autograd.grad(loss, z)[0] for loss in (got, want)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
